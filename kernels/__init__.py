@@ -1,0 +1,219 @@
+"""mHC operators on residual streams x [..., n, C]; the equations are in :mod:`.reference`.
+
+Every function is differentiable in every tensor argument and takes
+``backend="auto" | "triton" | "torch"`` (:mod:`.dispatch`). This package needs torch only.
+"""
+
+from torch import Tensor
+
+from . import reference
+from .dispatch import BACKENDS, choose_backend
+from .reference import RESIDUAL_MIXINGS
+from .validation import (
+    check_eps,
+    check_merge,
+    check_parameters,
+    check_sinkhorn,
+    check_streams,
+    head_shapes,
+    mapping_shapes,
+)
+
+__all__ = [
+    "BACKENDS",
+    "RESIDUAL_MIXINGS",
+    "head_shapes",
+    "mapping_shapes",
+    "mhc_expand",
+    "mhc_head",
+    "mhc_mappings",
+    "mhc_post",
+    "mhc_post_pre",
+    "mhc_pre",
+    "sinkhorn",
+]
+
+
+def sinkhorn(
+    logits: Tensor, iterations: int = 20, eps: float = 1e-6, *, backend: str = "auto"
+) -> Tensor:
+    """Doubly stochastic matrices of logits [..., n, n] float32, float32 back (paper eq. 9).
+
+    Columns sum to 1 up to eps; rows as far as ``iterations`` normalisations converge.
+
+    Raises:
+        ValueError: a wrong shape, dtype, iterations < 1 or eps outside [0, 1).
+    """
+    check_sinkhorn(logits, iterations, eps)
+    choose_backend(backend)
+    return reference.sinkhorn(logits, iterations, eps)
+
+
+def _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps) -> None:
+    check_streams(x)
+    expected = mapping_shapes(residual_mixing, *x.shape[-2:])
+    check_parameters(expected, fn=fn, scale=scale, base=base)
+    check_eps(iterations=iterations, eps=eps, norm_eps=norm_eps)
+
+
+def mhc_mappings(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    residual_mixing: str = "sinkhorn",
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre [..., n], post [..., n] and comb [..., n, n], all float32, of streams x [..., n, C].
+
+    Parameters are float32; their shapes depend on ``residual_mixing`` (:func:`mapping_shapes`).
+    Paper eq. 7 and 8; ``unconstrained`` is eq. 5.
+
+    Raises:
+        ValueError: a wrong shape, dtype, mixing, iterations < 1 or an eps outside [0, 1).
+    """
+    _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
+    choose_backend(backend)
+    return reference.mhc_mappings(
+        x,
+        fn,
+        scale,
+        base,
+        residual_mixing=residual_mixing,
+        iterations=iterations,
+        eps=eps,
+        norm_eps=norm_eps,
+    )
+
+
+def mhc_pre(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    residual_mixing: str = "sinkhorn",
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a sublayer reads: u = sum_i pre[i] X[i] (eq. 3), with post and comb for its merge.
+
+    Args:
+        x: [..., n, C] streams. fn, scale, base: float32 (:func:`mapping_shapes`).
+
+    Returns:
+        u [..., C] of x's dtype, post [..., n] float32, comb [..., n, n] float32, index (in, out).
+
+    Raises:
+        ValueError: as :func:`mhc_mappings`.
+    """
+    _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
+    choose_backend(backend)
+    return reference.mhc_pre(
+        x,
+        fn,
+        scale,
+        base,
+        residual_mixing=residual_mixing,
+        iterations=iterations,
+        eps=eps,
+        norm_eps=norm_eps,
+    )
+
+
+def mhc_post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor, *, backend: str = "auto") -> Tensor:
+    """The merge X'[o] = post[o] f + sum_i comb[i, o] X[i] (eq. 3), [..., n, C] of x's dtype.
+
+    Args:
+        x: [..., n, C]. f: [..., C]. post: [..., n] and comb: [..., n, n], both float32.
+
+    Raises:
+        ValueError: shapes that do not belong together.
+    """
+    check_merge(x, f, post, comb)
+    choose_backend(backend)
+    return reference.mhc_post(x, f, post, comb)
+
+
+def mhc_post_pre(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    residual_mixing: str = "sinkhorn",
+    iterations: int = 20,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`mhc_post` of one sublayer and :func:`mhc_pre` of the next.
+
+    Returns:
+        x_next [..., n, C], u [..., C] (both x's dtype), post_next and comb_next (float32).
+
+    Raises:
+        ValueError: as the two functions.
+    """
+    check_merge(x, f, post, comb)
+    _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
+    choose_backend(backend)
+    return reference.mhc_post_pre(
+        x,
+        f,
+        post,
+        comb,
+        fn,
+        scale,
+        base,
+        residual_mixing=residual_mixing,
+        iterations=iterations,
+        eps=eps,
+        norm_eps=norm_eps,
+    )
+
+
+def mhc_head(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """The exit: streams [..., n, C] weighted by a learned sigmoid into [..., C] of x's dtype.
+
+    Args:
+        fn: [n, nC], scale: [1], base: [n], all float32 (DeepSeek-V4's ``hc_head``).
+
+    Raises:
+        ValueError: a wrong shape or dtype, or an eps outside [0, 1).
+    """
+    check_streams(x)
+    check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
+    check_eps(eps=eps, norm_eps=norm_eps)
+    choose_backend(backend)
+    return reference.mhc_head(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
+
+
+def mhc_expand(h: Tensor, n: int, *, backend: str = "auto") -> Tensor:
+    """The entry: h [..., C] repeated into n streams [..., n, C] of the same dtype.
+
+    Raises:
+        ValueError: n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n}: at least 1 stream is needed")
+    choose_backend(backend)
+    return reference.mhc_expand(h, n)
