@@ -22,6 +22,7 @@ from .validation import (
 __all__ = [
     "BACKENDS",
     "RESIDUAL_MIXINGS",
+    "choose_backend",
     "head_shapes",
     "mapping_shapes",
     "mhc_expand",

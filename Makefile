@@ -1,0 +1,39 @@
+# The front door. `make pretrain` and `make test` set up everything they need, once.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+DATA := data/stdlib
+
+.PHONY: setup pretrain compare test lint gpu-test help
+
+help:
+	@echo "make setup      virtual environment with the pinned packages (the other targets do it too)"
+	@echo "make pretrain   train a small mHC GPT on real text, on this machine's CPU"
+	@echo "make compare    the same for plain, unconstrained and sinkhorn, in one plot"
+	@echo "make test       all tests that need no GPU"
+	@echo "make lint       ruff, check and format"
+	@echo "make gpu-test   the tests that need a GPU (run on a GPU host)"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py constraints.txt tools/find_python.sh
+	PYTHON=$$(sh tools/find_python.sh) && $$PYTHON -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+pretrain: $(STAMP)
+	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run runs/pretrain
+
+compare: $(STAMP)
+	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run runs/compare --compare
+
+test: $(STAMP)
+	$(PYTHON) -m pytest tests
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+gpu-test:
+	python3 -m pytest tests/gpu

@@ -1,0 +1,123 @@
+"""The --mhc group of flags, and what makes of them an MHCConfig."""
+
+import argparse
+
+from .config import MHCConfig
+from .errors import UserError
+from .incompatible import refuse_incompatible
+
+# Filled in after parsing, so that a flag given without --mhc can be told from a default.
+DEFAULTS = {
+    "mhc_num_residual_streams": MHCConfig.num_streams,
+    "mhc_sinkhorn_iterations": MHCConfig.sinkhorn_iterations,
+    "mhc_init_gating_factor": MHCConfig.init_gating_factor,
+    "mhc_residual_mixing": MHCConfig.residual_mixing,
+    "mhc_eps": MHCConfig.eps,
+    "mhc_backend": MHCConfig.backend,
+    "mhc_log_gain_interval": 0,
+}
+
+FLAG_OF_FIELD = {
+    "num_streams": "--mhc-num-residual-streams",
+    "sinkhorn_iterations": "--mhc-sinkhorn-iterations",
+    "init_gating_factor": "--mhc-init-gating-factor",
+    "residual_mixing": "--mhc-residual-mixing",
+    "eps": "--mhc-eps",
+    "backend": "--mhc-backend",
+}
+"""MHCConfig field to the flag that sets it."""
+
+
+def flag(name: str) -> str:
+    """An argument's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the --mhc group; Megatron's ``extra_args_provider``."""
+    group = parser.add_argument_group("mHC", "manifold-constrained hyper-connections")
+    group.add_argument("--mhc", action="store_true", help="Train with mHC residual streams.")
+    group.add_argument(
+        "--mhc-num-residual-streams", type=int, help="Residual streams n; 1 is the plain residual. [4]"
+    )
+    group.add_argument(
+        "--mhc-residual-mixing",
+        choices=("sinkhorn", "unconstrained", "identity"),
+        help="sinkhorn: doubly stochastic (mHC); unconstrained: hyper-connections, the unstable "
+        "baseline; identity: streams do not mix across a sublayer. [sinkhorn]",
+    )
+    group.add_argument(
+        "--mhc-sinkhorn-iterations", type=int, help="Sinkhorn-Knopp iterations. [20]"
+    )
+    group.add_argument(
+        "--mhc-init-gating-factor", type=float, help="Initial value of every scale. [0.01]"
+    )
+    group.add_argument(
+        "--mhc-eps", type=float, help="Added to pre and in Sinkhorn (DeepSeek-V4's hc_eps). [1e-6]"
+    )
+    group.add_argument(
+        "--mhc-backend",
+        choices=("auto", "triton", "torch"),
+        help="Kernels; auto takes Triton where it can and says so where it cannot. [auto]",
+    )
+    group.add_argument(
+        "--mhc-log-gain-interval",
+        type=int,
+        help="Log gains and mean mappings to TensorBoard / W&B every so many steps; 0: never. [0]",
+    )
+    group.add_argument(
+        "--mhc-force-patches",
+        action="store_true",
+        help="Patch a Megatron whose source is not one that the patches were tested on.",
+    )
+    return parser
+
+
+def mhc_config_from_args(args: argparse.Namespace) -> MHCConfig:
+    """The settings that the flags ask for.
+
+    Raises:
+        UserError: names the flag, its value and what would be right.
+    """
+    values = {
+        field: getattr(args, name.lstrip("-").replace("-", "_"))
+        for field, name in FLAG_OF_FIELD.items()
+    }
+    try:
+        return MHCConfig(**values)
+    except ValueError as error:
+        field, _, rest = str(error).partition("=")
+        raise UserError(f"{FLAG_OF_FIELD[field]} {rest.replace(':', ': ', 1)}") from None
+
+
+def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
+    """Fill in defaults and refuse what cannot work, before any compute.
+
+    Args:
+        args: Megatron's arguments after its own validation.
+
+    Returns:
+        The settings, or None where the model is to be plain: no --mhc, or one stream.
+
+    Raises:
+        UserError: names the flag, its value and the remedy.
+    """
+    given = [name for name in DEFAULTS if getattr(args, name) is not None]
+    if given and not args.mhc:
+        values = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in given)
+        raise UserError(f"{values}: has no effect without --mhc; add --mhc or leave it out")
+    for name, default in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if not args.mhc:
+        return None
+    if args.mhc_log_gain_interval < 0:
+        raise UserError(
+            f"--mhc-log-gain-interval {args.mhc_log_gain_interval}: "
+            "expected 0 (never) or a number of steps"
+        )
+    mhc = mhc_config_from_args(args)
+    if mhc.num_streams == 1:
+        return None
+    refuse_incompatible(args)
+    return mhc

@@ -1,0 +1,74 @@
+"""The transformer block between the streams' entry and exit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.utils import WrappedTensor, make_viewless_tensor
+from torch import Tensor
+
+from .config import MHCConfig
+from .hyper_head import HyperHead
+from .layer import parameter_device
+from .state import StreamState
+
+
+@dataclass
+class MHCBlockSubmodules(TransformerBlockSubmodules):
+    """The spec of an mHC block; GPTModel takes it as its ``transformer_layer_spec``.
+
+    Attributes:
+        mhc: the model's hyper-connection settings.
+    """
+
+    mhc: MHCConfig | None = None
+
+
+class MHCTransformerBlock(TransformerBlock):
+    """A TransformerBlock that expands the embedding into n streams and collapses them at the end.
+
+    Between stages streams travel as [s, b, n*C]. ``hyper_head`` is in the stage that has the final
+    norm, and collapses the streams before it. Arguments are TransformerBlock's, the spec is an
+    :class:`MHCBlockSubmodules`.
+    """
+
+    def __init__(self, config, spec: MHCBlockSubmodules, *args, **kwargs) -> None:
+        super().__init__(config, spec, *args, **kwargs)
+        self.mhc = spec.mhc
+        if self.final_layernorm is not None:
+            self.hyper_head = HyperHead(
+                self.mhc,
+                config.hidden_size,
+                norm_eps=config.layernorm_epsilon,
+                sequence_parallel=config.sequence_parallel,
+                device=parameter_device(config),
+            )
+            self.final_layernorm.register_forward_pre_hook(self._collapse)
+
+    def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
+        (state,) = inputs
+        if not isinstance(state, StreamState):  # full recompute hands over tensors
+            state = StreamState.from_flat(state, self.mhc.num_streams)
+        return self.hyper_head(state)
+
+    def forward(self, hidden_states: Tensor | WrappedTensor | None, *args: Any, **kwargs: Any):
+        """TransformerBlock's forward, on streams.
+
+        Args:
+            hidden_states: the embedding [s, b, C] on the first stage; ignored on later ones, which
+                take streams [s, b, n*C] from ``set_input_tensor``.
+
+        Returns:
+            h [s, b, C] after the final norm, or streams [s, b, n*C] from a stage without it.
+        """
+        if self.pre_process:
+            if isinstance(hidden_states, WrappedTensor):
+                hidden_states = hidden_states.unwrap()
+            entry = StreamState.expand(hidden_states, self.mhc.num_streams, self.mhc.backend)
+            hidden_states = entry.to_flat(self.mhc.backend)
+        output = super().forward(hidden_states, *args, **kwargs)
+        if isinstance(output, StreamState):
+            output = output.to_flat(self.mhc.backend)
+            # A pipeline stage frees what it sent, and asserts that it is no view.
+            output = make_viewless_tensor(output, requires_grad=True, keep_graph=True)
+        return output

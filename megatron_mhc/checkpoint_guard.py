@@ -1,0 +1,120 @@
+"""Looks at the checkpoint that is to be loaded, before anything is built.
+
+Two things go wrong late otherwise: weights of a model with other mHC settings, whose shapes may
+even agree, and a tracker file that a kill left empty although complete checkpoints lie beside it.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from .arguments import DEFAULTS, flag
+from .errors import UserError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+# What decides the meaning of the weights; gating factor, backend and logging do not.
+SETTINGS = ("mhc_num_residual_streams", "mhc_residual_mixing", "mhc_sinkhorn_iterations", "mhc_eps")
+
+
+def latest_iteration(folder: Path) -> int | None:
+    """The iteration that Megatron would load from a --save folder; None where there is none."""
+    tracker = folder / TRACKER
+    text = tracker.read_text().strip() if tracker.is_file() else ""
+    return int(text) if text.isdigit() else None
+
+
+def complete_iterations(folder: Path) -> list[int]:
+    """Iterations under ``folder`` whose distributed checkpoint was written to its end, ascending.
+
+    ``metadata.json`` is the last file that Megatron writes of one.
+    """
+    found = []
+    for path in folder.glob("iter_*"):
+        if (path / "metadata.json").is_file() and path.name[5:].isdigit():
+            found.append(int(path.name[5:]))
+    return sorted(found)
+
+
+def repair_tracker(folder: Path) -> str | None:
+    """Point a missing or cut-off tracker at the newest complete checkpoint.
+
+    Megatron truncates the tracker before it writes it, so a kill between the two leaves it empty.
+
+    Returns:
+        What was done, in one line, or None where there was nothing to do.
+    """
+    tracker = folder / TRACKER
+    if not tracker.is_file() or tracker.read_text().strip():
+        return None
+    complete = complete_iterations(folder)
+    if not complete:
+        return None
+    aside = tracker.with_suffix(".repair")
+    aside.write_text(str(complete[-1]))
+    os.replace(aside, tracker)
+    return f"mHC: {tracker} was cut off; resuming from the last complete checkpoint, {complete[-1]}"
+
+
+def saved_settings(checkpoint: Path) -> dict[str, object] | None:
+    """The mHC settings a distributed checkpoint was made with; None where it does not tell.
+
+    A checkpoint of a plain model gives {"mhc": False}.
+    """
+    common = checkpoint / "common.pt"
+    if not common.is_file():
+        return None
+    # Megatron keeps its argument namespace in here, which weights_only cannot read.
+    saved = torch.load(common, map_location="cpu", weights_only=False).get("args")
+    if saved is None:
+        return None
+    # One stream is the plain residual, whatever the other flags say.
+    if not getattr(saved, "mhc", False) or saved.mhc_num_residual_streams == 1:
+        return {"mhc": False}
+    return {"mhc": True, **{name: getattr(saved, name, DEFAULTS[name]) for name in SETTINGS}}
+
+
+def check_checkpoint(args: argparse.Namespace) -> list[str]:
+    """Refuse a --load checkpoint that was made with other mHC settings.
+
+    Args:
+        args: Megatron's arguments, the mHC group filled in.
+
+    Returns:
+        Lines for the user: what was repaired, what could not be checked.
+
+    Raises:
+        UserError: names each differing flag with both values, and the remedy.
+    """
+    said = []
+    if not args.load:
+        return said
+    folder = Path(args.load)
+    if args.rank == 0 and (repaired := repair_tracker(folder)):
+        said.append(repaired)
+    iteration = getattr(args, "ckpt_step", None) or latest_iteration(folder)
+    if iteration is None:
+        return said
+    checkpoint = folder / f"iter_{iteration:07d}"
+    saved = saved_settings(checkpoint)
+    if saved is None:
+        said.append(f"mHC: {checkpoint} does not tell its mHC settings; they are not checked")
+        return said
+
+    plain = not args.mhc or args.mhc_num_residual_streams == 1
+    if saved["mhc"] == plain:
+        made, now = ("with", "without") if saved["mhc"] else ("without", "with")
+        remedy = "add --mhc" if saved["mhc"] else "leave --mhc out, or start a new --load folder"
+        raise UserError(
+            f"--load {args.load}: {checkpoint.name} was made {made} --mhc, this run is {now}; {remedy}"
+        )
+    differing = [
+        f"{flag(name)} {getattr(args, name)}: {checkpoint.name} was made with {saved[name]}"
+        for name in SETTINGS
+        if saved["mhc"] and saved[name] != getattr(args, name)
+    ]
+    if differing:
+        lines = "\n".join(differing)
+        raise UserError(f"--load {args.load}\n{lines}\ngive the checkpoint's values")
+    return said

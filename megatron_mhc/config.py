@@ -1,0 +1,48 @@
+"""What one model's hyper-connections are: the settings that all of its layers share."""
+
+from dataclasses import dataclass
+
+from megatron_mhc.kernels import BACKENDS, RESIDUAL_MIXINGS
+
+
+@dataclass(frozen=True)
+class MHCConfig:
+    """Settings of manifold-constrained hyper-connections (arXiv 2512.24880).
+
+    Attributes:
+        num_streams: n, residual streams per token; 1 is the plain residual.
+        sinkhorn_iterations: column normalisations of Sinkhorn-Knopp (paper: 20).
+        init_gating_factor: initial value of every scale (paper: 0.01).
+        residual_mixing: how streams mix across a sublayer. "sinkhorn": doubly stochastic, mHC.
+            "unconstrained": hyper-connections as in the paper's eq. 5, the unstable baseline.
+            "identity": each stream keeps to itself.
+        eps: added to the softmax, to Sinkhorn's sums and to pre (DeepSeek-V4's hc_eps).
+        backend: "auto" (Triton on a GPU it supports, else torch), "triton" or "torch".
+
+    Raises:
+        ValueError: a value outside its range; the message names it and what would do.
+    """
+
+    num_streams: int = 4
+    sinkhorn_iterations: int = 20
+    init_gating_factor: float = 0.01
+    residual_mixing: str = "sinkhorn"
+    eps: float = 1e-6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_streams", "sinkhorn_iterations"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number, at least 1")
+        if not 0 <= self.eps <= 1e-2:
+            raise ValueError(f"eps={self.eps!r}: expected 0 <= eps <= 0.01 (DeepSeek-V4: 1e-6)")
+        if not abs(self.init_gating_factor) <= 1:
+            raise ValueError(
+                f"init_gating_factor={self.init_gating_factor!r}: expected -1 to 1 (paper: 0.01)"
+            )
+        for name, choices in (("residual_mixing", RESIDUAL_MIXINGS), ("backend", BACKENDS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(choices)}"
+                )

@@ -1,0 +1,5 @@
+"""The one error that command lines show without a traceback."""
+
+
+class UserError(ValueError):
+    """Something the user gave or installed cannot work; the message says what would."""

@@ -1,0 +1,56 @@
+"""The exit of the streams, before the model's final norm."""
+
+import torch
+from torch import Tensor
+
+from megatron_mhc import kernels
+
+from .config import MHCConfig
+from .parameters import Float32Parameters, float32_parameter, logit
+from .state import StreamState
+
+
+class HyperHead(Float32Parameters):
+    """Weighs the streams into one: h = sum_i (sigmoid(r (fn @ vec(X)) scale + base) + eps)[i] X[i].
+
+    DeepSeek-V4's head, in every residual mixing. Parameters fn [n, nC], scale [1] and base [n] are
+    float32, also in a bf16 model; at their initial values the head is the mean of the streams.
+
+    Args:
+        config, hidden_size, norm_eps, sequence_parallel, device: as :class:`HyperConnection`.
+    """
+
+    def __init__(
+        self,
+        config: MHCConfig,
+        hidden_size: int,
+        *,
+        norm_eps: float = 1e-6,
+        sequence_parallel: bool = False,
+        device=None,
+    ) -> None:
+        super().__init__()
+        n = config.num_streams
+        self.config = config
+        self.norm_eps = norm_eps
+        shapes = kernels.head_shapes(n, hidden_size)
+        values = {
+            "fn": torch.zeros(shapes["fn"]),
+            "scale": torch.full(shapes["scale"], config.init_gating_factor),
+            "base": torch.full(shapes["base"], logit(1 / n - config.eps)),
+        }
+        for name, value in values.items():
+            self.register_parameter(name, float32_parameter(value, device, sequence_parallel))
+
+    def forward(self, state: StreamState) -> Tensor:
+        """h [..., C] of the streams' dtype; a pending merge is formed first."""
+        config = self.config
+        return kernels.mhc_head(
+            state.merged(config.backend),
+            self.fn,
+            self.scale,
+            self.base,
+            eps=config.eps,
+            norm_eps=self.norm_eps,
+            backend=config.backend,
+        )

@@ -1,0 +1,109 @@
+"""The features of Megatron that do not work with mHC yet: one row each, refused by name."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import UserError
+
+RECOMPUTE_MODULES = {"core_attn", "mlp", "layernorm", "moe_act"}
+"""Values of --recompute-modules that work with mHC."""
+
+
+@dataclass(frozen=True)
+class Incompatibility:
+    """One feature that mHC refuses.
+
+    Attributes:
+        flag: as it is typed.
+        used: the offending value from Megatron's arguments, or None where it is not in use.
+        remedy: what to do instead.
+    """
+
+    flag: str
+    used: Callable[[argparse.Namespace], object]
+    remedy: str
+
+
+def _set(name: str) -> Callable[[argparse.Namespace], object]:
+    """The argument's value where it is truthy."""
+    return lambda args: getattr(args, name, None) or None
+
+
+def _above(name: str, limit: int) -> Callable[[argparse.Namespace], object]:
+    return lambda args: getattr(args, name, None) if (getattr(args, name, None) or 0) > limit else None
+
+
+def _other_than(name: str, *fine: object) -> Callable[[argparse.Namespace], object]:
+    return lambda args: None if getattr(args, name, None) in fine else getattr(args, name)
+
+
+def _untested_recompute(args: argparse.Namespace) -> object:
+    if args.recompute_granularity != "selective":
+        return None
+    return " ".join(sorted(set(args.recompute_modules or []) - RECOMPUTE_MODULES)) or None
+
+
+_LEAVE_OUT = "leave it out with --mhc"
+
+INCOMPATIBLE: tuple[Incompatibility, ...] = (
+    Incompatibility(
+        "--pipeline-model-parallel-size",
+        _above("pipeline_model_parallel_size", 1),
+        "use 1; tensor and data parallelism work",
+    ),
+    Incompatibility("--mtp-num-layers", _set("mtp_num_layers"), _LEAVE_OUT),
+    Incompatibility("--fp32-residual-connection", _set("fp32_residual_connection"), _LEAVE_OUT),
+    Incompatibility("--cuda-graph-impl", _other_than("cuda_graph_impl", None, "none"), "use none"),
+    Incompatibility("--enable-cuda-graph", _set("enable_cuda_graph"), _LEAVE_OUT),
+    Incompatibility("--external-cuda-graph", _set("external_cuda_graph"), _LEAVE_OUT),
+    Incompatibility(
+        "--transformer-impl",
+        lambda args: args.transformer_impl if args.transformer_impl == "inference_optimized" else None,
+        "use transformer_engine or local",
+    ),
+    Incompatibility(
+        "--recompute-modules",
+        _untested_recompute,
+        f"use some of {' '.join(sorted(RECOMPUTE_MODULES))}, or --recompute-granularity full",
+    ),
+    Incompatibility(
+        "--overlap-moe-expert-parallel-comm", _set("overlap_moe_expert_parallel_comm"), _LEAVE_OUT
+    ),
+    Incompatibility(
+        "--fine-grained-activation-offloading",
+        _set("fine_grained_activation_offloading"),
+        _LEAVE_OUT,
+    ),
+    Incompatibility("--cpu-offloading-num-layers", _set("cpu_offloading_num_layers"), _LEAVE_OUT),
+    Incompatibility(
+        "--heterogeneous-layers-config-path", _set("heterogeneous_layers_config_path"), _LEAVE_OUT
+    ),
+    Incompatibility("--hybrid-layer-pattern", _set("hybrid_layer_pattern"), _LEAVE_OUT),
+    Incompatibility(
+        "--experimental-attention-variant", _set("experimental_attention_variant"), _LEAVE_OUT
+    ),
+    Incompatibility("--use-megatron-fsdp", _set("use_megatron_fsdp"), "use Megatron's own DDP"),
+    Incompatibility("--use-torch-fsdp2", _set("use_torch_fsdp2"), "use Megatron's own DDP"),
+    Incompatibility(
+        "--init-model-with-meta-device", _set("init_model_with_meta_device"), _LEAVE_OUT
+    ),
+    Incompatibility("--spec", _set("spec"), "mHC brings its own layer spec; leave it out"),
+    Incompatibility("--yaml-cfg", _set("yaml_cfg"), "give the flags on the command line"),
+)
+
+
+def refuse_incompatible(args: argparse.Namespace) -> None:
+    """Refuse features that do not work with mHC yet, all in one message.
+
+    Raises:
+        UserError: one line per flag: its name, its value and the remedy.
+    """
+    lines = []
+    for row in INCOMPATIBLE:
+        value = row.used(args)
+        if value is not None:
+            shown = "" if value is True else f" {value}"
+            lines.append(f"{row.flag}{shown}: does not work with --mhc yet; {row.remedy}")
+    if lines:
+        raise UserError("\n".join(lines))

@@ -1,0 +1,84 @@
+"""What passes between sublayers: the streams, and the last sublayer's merge, not formed yet.
+
+A sublayer hands on (X, pending merge of f with post and comb) instead of X'. Whoever needs X'
+decides how it is formed: with the next sublayer's mappings in one kernel, before a send, or plain.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_mhc import kernels
+
+
+@dataclass(frozen=True)
+class PendingMerge:
+    """A merge X'[o] = post[o] f + sum_i comb[i, o] X[i] whose inputs are known.
+
+    Attributes:
+        f: [..., C], the sublayer's output.
+        post: [..., n] float32.
+        comb: [..., n, n] float32, index (in, out).
+    """
+
+    f: Tensor
+    post: Tensor
+    comb: Tensor
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """The residual streams of every token, with at most one merge pending.
+
+    Attributes:
+        x: [..., n, C] in the model's dtype.
+        pending: the merge that turns x into the streams, or None if x is the streams.
+    """
+
+    x: Tensor
+    pending: PendingMerge | None = None
+
+    @classmethod
+    def expand(cls, h: Tensor, num_streams: int, backend: str = "auto") -> "StreamState":
+        """The entry: the embedding h [..., C], once per stream."""
+        return cls(kernels.mhc_expand(h, num_streams, backend=backend))
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, num_streams: int) -> "StreamState":
+        """Streams as they travel through Megatron, [s, b, n*C], stream-major.
+
+        Raises:
+            ValueError: the width is no multiple of the number of streams.
+        """
+        if flat.shape[-1] % num_streams:
+            raise ValueError(f"width {flat.shape[-1]} does not hold {num_streams} streams")
+        return cls(flat.unflatten(-1, (num_streams, -1)))
+
+    def merged(self, backend: str = "auto") -> Tensor:
+        """The streams [..., n, C], the merge formed."""
+        if self.pending is None:
+            return self.x
+        pending = self.pending
+        return kernels.mhc_post(self.x, pending.f, pending.post, pending.comb, backend=backend)
+
+    def to_flat(self, backend: str = "auto") -> Tensor:
+        """The streams as they travel through Megatron, [s, b, n*C], the merge formed."""
+        return self.merged(backend).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What a sublayer leaves aside while it computes: the streams it read, and how to merge.
+
+    Attributes:
+        x: [..., n, C], the streams that u was made from.
+        post: [..., n] float32; comb: [..., n, n] float32, index (in, out).
+    """
+
+    x: Tensor
+    post: Tensor
+    comb: Tensor
+
+    def add(self, f: Tensor) -> StreamState:
+        """The state after a sublayer that gave f [..., C]; its merge is left pending."""
+        return StreamState(self.x, PendingMerge(f, self.post, self.comb))
