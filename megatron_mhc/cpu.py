@@ -109,3 +109,13 @@ def stand_in_for_cuda() -> None:
 
     _mode = _CudaMeansCpu()
     _mode.__enter__()
+
+    # backward() is itself a call that the mode handles, and a mode is off inside its handler; but
+    # Megatron's recomputation runs layers in the backward pass.
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_backward_in_mode(*args, **kwargs):
+        with _mode:
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward_in_mode

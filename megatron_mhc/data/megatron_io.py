@@ -1,6 +1,7 @@
 """megatron.core's indexed dataset, imported late and quietly, and its files joined."""
 
 import functools
+import gc
 import logging
 import warnings
 from collections.abc import Iterable
@@ -29,8 +30,13 @@ def indexed_dataset() -> ModuleType:
 
 def add_pairs(builder: Any, prefixes: Iterable[str]) -> None:
     """Append the pairs under ``prefixes`` to an ``IndexedDatasetBuilder``, in order."""
-    with warnings.catch_warnings():
-        # It logs on rank 0 only and warns that a process alone has no rank.
-        warnings.filterwarnings("ignore", message="Could not determine rank")
-        for prefix in prefixes:
-            builder.add_index(prefix)
+    # add_index collects garbage each time, and torch's many objects make that 0.2 s a call.
+    gc.freeze()
+    try:
+        with warnings.catch_warnings():
+            # It logs on rank 0 only and warns that a process alone has no rank.
+            warnings.filterwarnings("ignore", message="Could not determine rank")
+            for prefix in prefixes:
+                builder.add_index(prefix)
+    finally:
+        gc.unfreeze()

@@ -44,7 +44,7 @@ class Outputs:
                 manifest = json.load(stream)
             if {"settings", "files"} <= manifest.keys():
                 return manifest
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, AttributeError):
             pass

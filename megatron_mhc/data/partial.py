@@ -29,7 +29,7 @@ class Partial:
         try:
             with open(os.path.join(self.folder, PLAN), encoding="utf-8") as stream:
                 return json.load(stream)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def set_plan(self, settings: dict, may_replace: bool) -> None:
@@ -37,15 +37,28 @@ class Partial:
         plan = {"settings": settings, "may_replace": may_replace}
         write_json(os.path.join(self.folder, PLAN), plan)
 
+    def is_ours(self) -> bool:
+        """Whether the folder is there and this tool's: it has a plan, or nothing but the lock."""
+        if not os.path.isdir(self.folder):
+            return False
+        return self.plan() is not None or set(os.listdir(self.folder)) <= {LOCK, f"{PLAN}.tmp"}
+
     @contextmanager
     def locked(self, prefix: str) -> Iterator[None]:
         """Have the folder alone; made when missing, and removed again if nothing came in it.
 
         Raises:
-            PrepareError: another run has it, or it holds files of another program.
+            PrepareError: another run has it, it holds files of another program, or it cannot
+                be made.
         """
-        os.makedirs(self.folder, exist_ok=True)
-        if self.plan() is None and not set(os.listdir(self.folder)) <= {LOCK, f"{PLAN}.tmp"}:
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            raise PrepareError(
+                f"--output-prefix {prefix}: {self.folder} cannot be made ({error.strerror}); "
+                "give a place that can be written to"
+            ) from None
+        if not self.is_ours():
             raise PrepareError(
                 f"--output-prefix {prefix}: {self.folder} holds files that are not this tool's; "
                 "move it away or use another prefix"
@@ -67,12 +80,13 @@ class Partial:
 
     def clear(self) -> None:
         """Forget the chunks of an earlier run; its plan stays until ``set_plan``."""
-        for name in os.listdir(self.folder):
-            if name not in (PLAN, LOCK):
-                os.remove(os.path.join(self.folder, name))
+        names = [name for name in os.listdir(self.folder) if name not in (PLAN, LOCK)]
+        # Counts first: while they are there, their pairs must be.
+        for name in sorted(names, key=lambda name: not name.endswith(".json")):
+            os.remove(os.path.join(self.folder, name))
 
     def remove(self) -> None:
-        """Delete the folder if it is there, its plan near the end: what has a plan is known to be ours."""
+        """Delete the folder if it is there; the plan, which shows that it is ours, near the end."""
         if not os.path.isdir(self.folder):
             return
         self.clear()

@@ -42,7 +42,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = print) -> dict:
     wanted = identity(settings, tokenizer, found)
     manifest = outputs.manifest()
     if manifest and not settings.overwrite and _is_prepared(outputs, partial, manifest, wanted):
-        if partial.plan():
+        if partial.is_ours():
             with partial.locked(settings.output_prefix):
                 partial.remove()
         say(f"already prepared: {summary(settings.output_prefix, manifest)}")

@@ -51,8 +51,16 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raises PrepareError when the file is not the one that was listed."""
-        if self.path and _stamp(os.stat(self.path)) != self.stamp:
-            raise PrepareError(f"{self.path}: changed while it was being read; start again")
+        if not self.path:
+            return
+        try:
+            unchanged = _stamp(os.stat(self.path)) == self.stamp
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise PrepareError(
+                f"{self.path}: changed while it was being read; give --overwrite to start again"
+            )
 
 
 @dataclass

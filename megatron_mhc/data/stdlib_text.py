@@ -13,6 +13,8 @@ from megatron_mhc.data.sources import Found, Source, add_file, text_source, walk
 
 TEXT_SUFFIXES = (".py", ".txt", ".rst", ".md")
 INSTALLED_PACKAGES = ("site-packages", "dist-packages")
+TOPICS = os.path.join("pydoc_data", "topics.py")
+"""Left out as a source: its texts are taken as the text they are."""
 
 
 def find_stdlib(enough: int) -> Found:
@@ -31,7 +33,9 @@ def find_stdlib(enough: int) -> Found:
     library = sysconfig.get_path("stdlib")
     for path in walk(library):
         name = os.path.relpath(path, library)
-        if name.split(os.sep)[0] not in INSTALLED_PACKAGES and name.endswith(TEXT_SUFFIXES):
+        if name.split(os.sep)[0] in INSTALLED_PACKAGES or name == TOPICS:
+            continue
+        if name.endswith(TEXT_SUFFIXES):
             add_file(found, seen, path, f"stdlib/{name}")
     found.sources.extend(_documentation())
     size = found.size
@@ -52,7 +56,7 @@ def describe() -> str:
 
 def _installed_modules() -> Iterator[tuple[str, str]]:
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    for folder in dict.fromkeys(folders + site.getsitepackages()):
+    for folder in filter(os.path.isdir, dict.fromkeys(folders + site.getsitepackages())):
         for path in walk(folder):
             if path.endswith(".py"):
                 yield path, f"installed/{os.path.relpath(path, folder)}"

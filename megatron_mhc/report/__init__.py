@@ -1,0 +1,1 @@
+"""What a finished or running training tells: curves from TensorBoard, plots, one-line summaries."""

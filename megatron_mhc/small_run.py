@@ -1,0 +1,174 @@
+"""The small pretraining job of ``make pretrain`` and ``make compare``: real text, 2 CPU cores.
+
+It starts examples/pretrain_gpt.py as a user would, shows its progress, and reports from what the
+run left on disk.
+"""
+
+import os
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .checkpoint_guard import latest_iteration
+from .errors import UserError
+from .report.curves import LOSS, VALIDATION_LOSS, Run, read_run
+from .report.megatron_log import parse_step, parse_validation
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
+MIXINGS = ("plain", "unconstrained", "sinkhorn")
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """One training of the small model.
+
+    Attributes:
+        folder: takes log, checkpoints, TensorBoard events; an interrupted run there is resumed.
+        data: prefix of the prepared pairs, ``<data>_train`` and ``<data>_valid``.
+        mixing: one of ``MIXINGS``; "plain" is the model without mHC.
+        steps: training steps of 4096 bytes each.
+    """
+
+    folder: Path
+    data: Path
+    mixing: str = "sinkhorn"
+    steps: int = 400
+
+    def command(self) -> list[str]:
+        """The command line, for a user to read and change."""
+        tenth = max(1, self.steps // 10)
+        flags = {
+            "num-layers": 4,
+            "hidden-size": 128,
+            "ffn-hidden-size": 352,
+            "num-attention-heads": 4,
+            "seq-length": 256,
+            "max-position-embeddings": 256,
+            "micro-batch-size": 16,
+            "global-batch-size": 16,
+            "train-iters": self.steps,
+            "lr": 4e-3,
+            "min-lr": 4e-4,
+            "lr-decay-style": "cosine",
+            "lr-warmup-iters": tenth,
+            "weight-decay": 0.1,
+            "adam-beta2": 0.98,
+            "hidden-dropout": 0,
+            "attention-dropout": 0,
+            "normalization": "RMSNorm",
+            "position-embedding-type": "rope",
+            "tokenizer-type": "NullTokenizer",
+            "vocab-size": 257,
+            "train-data-path": f"{self.data}_train",
+            "valid-data-path": f"{self.data}_valid",
+            "data-cache-path": self.data.parent / "cache",
+            "eval-interval": tenth,
+            "eval-iters": 10,
+            "log-interval": 1,
+            "save": self.folder / "checkpoints",
+            "load": self.folder / "checkpoints",
+            "save-interval": max(1, self.steps // 2),
+            "tensorboard-dir": self.folder / "tensorboard",
+            "tensorboard-log-interval": 1,
+        }
+        if self.mixing != "plain":
+            flags["mhc-residual-mixing"] = self.mixing
+            flags["mhc-log-gain-interval"] = max(1, self.steps // 40)
+        words = [sys.executable, str(SCRIPT)]
+        words += [] if self.mixing == "plain" else ["--mhc"]
+        for name in ("swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights"):
+            words.append(f"--{name}")
+        words.append("--no-create-attention-mask-in-dataloader")
+        for name, value in flags.items():
+            words += [f"--{name}", str(value)]
+        return words
+
+    def finished(self) -> bool:
+        """The last checkpoint is that of the last step."""
+        return latest_iteration(self.folder / "checkpoints") == self.steps
+
+    def train(self, console: Console) -> None:
+        """Run to the last step, resuming where a checkpoint lies; progress on the console.
+
+        Raises:
+            UserError: the training failed; the message has the end of its log.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log_path = self.folder / "log.txt"
+        tail: deque[str] = deque(maxlen=25)
+        with open(log_path, "a") as log, _progress(console, self.steps) as show:
+            process = subprocess.Popen(
+                self.command(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+            for line in process.stdout:
+                log.write(line)
+                tail.append(line)
+                show(line)
+        if process.wait():
+            raise UserError(f"training failed, log in {log_path}; its end:\n{''.join(tail)}")
+
+    def report(self) -> Run:
+        """The run's curves."""
+        return read_run(self.folder / "tensorboard", self.mixing)
+
+
+class _progress:
+    """A live line on a terminal, ten plain lines elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._every = max(1, steps // 10)
+        self._validation = "-"
+        columns = ("step", MofNCompleteColumn(), BarColumn(), "{task.description}")
+        shown = [TextColumn(column) if isinstance(column, str) else column for column in columns]
+        self._bar = Progress(*shown, TimeRemainingColumn(), console=console, transient=True)
+        self._task = self._bar.add_task("starting", total=steps)
+
+    def __enter__(self):
+        if self._console.is_terminal:
+            self._bar.start()
+        return self._show
+
+    def __exit__(self, *_) -> None:
+        self._bar.stop()
+
+    def _show(self, line: str) -> None:
+        if (loss := parse_validation(line)) is not None:
+            self._validation = f"{loss:.3f}"
+        step = parse_step(line)
+        if step is None:
+            if line.startswith("mHC"):
+                self._console.print(line.rstrip(), highlight=False, soft_wrap=True)
+            return
+        text = f"loss {step.loss:.3f}  validation {self._validation}  {step.ms:.0f} ms/step"
+        self._bar.update(self._task, completed=step.step, description=text)
+        if not self._console.is_terminal and step.step % self._every == 0:
+            self._console.print(f"step {step.step}/{step.steps}  {text}", highlight=False)
+
+
+def last(curve: dict[int, float]) -> float:
+    """The value at a curve's last step."""
+    return curve[max(curve)]
+
+
+def summary_line(run: SmallRun, plot: Path) -> str:
+    """The line that ``make pretrain`` ends with, read back from the run's folder."""
+    curves = run.report()
+    loss = curves.curve(LOSS)
+    gain = curves.max_gain()
+    return (
+        f"mhc-pretrain: steps={max(loss)} train_loss_first={loss[min(loss)]:.4f} "
+        f"train_loss_last={last(loss):.4f} val_loss={last(curves.curve(VALIDATION_LOSS)):.4f} "
+        f"max_gain={'-' if gain is None else f'{gain:.4f}'} "
+        f"checkpoint={run.folder / 'checkpoints'} plot={plot}"
+    )

@@ -1,0 +1,140 @@
+"""A small mHC GPT whose weights and data are the same in every parallel layout.
+
+Megatron is imported here: only after ``megatron_mhc.environment.prepare()``.
+"""
+
+import dataclasses
+import zlib
+
+import torch
+from layout_cases import Case, Layout
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_mhc import MHCConfig, get_mhc_block_spec
+
+VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 128, 32, 2, 4
+
+
+def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
+    style = (
+        {"normalization": "LayerNorm", "add_bias_linear": True, "calculate_per_token_loss": True}
+        if case.classic
+        else {
+            "normalization": "RMSNorm",
+            "add_bias_linear": False,
+            "gated_linear_unit": True,
+            "activation_func": torch.nn.functional.silu,
+        }
+    )
+    return TransformerConfig(
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=case.sequence_parallel,
+        bf16=case.bf16,
+        params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        finalize_model_grads_func=finalize_model_grads,
+        **style,
+    )
+
+
+def marked_torch_norm(config, hidden_size: int, eps: float, **unused) -> torch.nn.Module:
+    """PyTorch's norm for sequence parallelism, which Megatron's wrapper of it refuses."""
+    kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
+    norm = kind(hidden_size, eps=eps)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = True
+    return norm
+
+
+def block_spec(config: TransformerConfig, case: Case):
+    plain = get_gpt_layer_local_spec(normalization=config.normalization)
+    if case.sequence_parallel:
+        plain.submodules = dataclasses.replace(
+            plain.submodules,
+            input_layernorm=marked_torch_norm,
+            pre_mlp_layernorm=marked_torch_norm,
+        )
+    spec = get_mhc_block_spec(config, plain, MHCConfig(residual_mixing=case.mixing))
+    if case.sequence_parallel:
+        spec.layer_norm = marked_torch_norm
+    return spec
+
+
+def build_model(case: Case, layout: Layout, tp_rank: int) -> DistributedDataParallel:
+    """The model, wrapped as Megatron's trainer wraps it, mHC far from its initial values."""
+    config = transformer_config(case, layout)
+    model = GPTModel(
+        config,
+        block_spec(config, case),
+        VOCABULARY,
+        SEQUENCE,
+        position_embedding_type="learned_absolute" if case.classic else "rope",
+        share_embeddings_and_output_weights=case.classic,
+    )
+    set_weights(model, case, layout.tp, tp_rank)
+    if case.bf16:
+        model = Float16Module(config, model)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=case.optimizer == "distributed"
+    )
+    return DistributedDataParallel(config, ddp_config, model)
+
+
+def set_weights(model: torch.nn.Module, case: Case, tp: int, tp_rank: int) -> None:
+    """Fill every parameter from a seed that is its name's, each rank with its part of the whole."""
+    # Unconstrained gains multiply from sublayer to sublayer, and rounding errors with them.
+    gate, spread = (0.2, 0.1) if case.mixing == "unconstrained" else (1.0, 0.3)
+    for name, parameter in model.named_parameters():
+        dim = getattr(parameter, "partition_dim", 0)
+        sharded = getattr(parameter, "tensor_model_parallel", False)
+        shape = list(parameter.shape)
+        if sharded:
+            shape[dim] *= tp
+        noise = torch.randn(
+            shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
+        if name.endswith(".scale"):
+            whole = gate * (1 + 0.2 * noise)
+        elif name.endswith(".base"):
+            whole = parameter.detach() + spread * noise
+        elif "norm.weight" in name:
+            whole = 1 + 0.1 * noise
+        else:
+            whole = 0.05 * noise
+        if sharded:
+            # A gated fc1 holds [gate; up] on every rank: stride 2 says that it is two matrices.
+            parts = whole.chunk(parameter.partition_stride, dim)
+            whole = torch.cat([part.chunk(tp, dim)[tp_rank] for part in parts], dim)
+        parameter.data.copy_(whole)
+
+
+def micro_batches(dp: int, dp_rank: int):
+    """This rank's share of the global batch, as dicts; every micro-batch has its own loss mask."""
+    generator = torch.Generator().manual_seed(20)
+    shape = (MICRO_BATCHES, MICRO_BATCH, SEQUENCE + 1)
+    tokens = torch.randint(VOCABULARY, shape, generator=generator)
+    for index in range(dp_rank, MICRO_BATCHES, dp):
+        mask = torch.ones(MICRO_BATCH, SEQUENCE)
+        mask[:, : 3 * index] = 0
+        yield {
+            "index": index,
+            "tokens": tokens[index, :, :-1],
+            "labels": tokens[index, :, 1:],
+            "mask": mask,
+            "positions": torch.arange(SEQUENCE).expand(MICRO_BATCH, -1),
+        }

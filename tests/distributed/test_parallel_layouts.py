@@ -1,0 +1,141 @@
+"""Every parallel layout gives the losses and gradients of a single process (CPU, gloo)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layout_cases import CASES, LAYOUTS, RUNS
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 1e-5
+MHC_PARAMETERS = ("hyper_connection.", "hyper_head.")
+# 3 layers with two connections each, and the head; each has fn, scale and base.
+MHC_COUNT = 3 * (3 * 2 + 1)
+
+COMPARED = [
+    (layout, case)
+    for layout, cases in RUNS.items()
+    for case in cases
+    if layout != "single" and not CASES[case].optimizer
+]
+REFERENCE = {"sequence_parallel": "sinkhorn", "classic_sequence_parallel": "classic"}
+"""Cases that no single process can run, to the case whose numbers they must give."""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """The folder of the worker's results, all layouts run once."""
+    folder = tmp_path_factory.mktemp("layouts")
+    # Also on a GPU host these processes are CPU processes.
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE.parents[1]),
+    }
+    environment.pop("RANK", None)
+    command = [sys.executable, str(HERE / "layout_worker.py"), str(folder)]
+    with open(folder / "log", "w+") as log:
+        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=280, check=False)
+    return folder
+
+
+def load_ranks(results: Path, layout: str, case: str) -> list[dict]:
+    """The results of every rank of one run, in rank order."""
+    ranks = []
+    for rank in range(LAYOUTS[layout].world):
+        path = results / f"{layout}.{case}.{rank}.pt"
+        assert path.is_file(), f"{path.name} is missing\n{(results / 'log').read_text()[-3000:]}"
+        ranks.append(torch.load(path, weights_only=True))
+        assert "error" not in ranks[-1], ranks[-1]["error"]
+    return ranks
+
+
+def whole_tensors(tp_ranks: list[dict]) -> dict[str, list[torch.Tensor]]:
+    """Every parameter's values over one tensor-parallel group: shards joined, replicas all kept."""
+    whole = {}
+    for name, sharding in tp_ranks[0]["sharding"].items():
+        values = [rank["values"][name] for rank in tp_ranks]
+        if sharding is not None:
+            dim, stride = sharding
+            parts = [value.chunk(stride, dim) for value in values]
+            values = [torch.cat([part[i] for i in range(stride) for part in parts], dim)]
+        whole[name] = values
+    return whole
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    value, reference = value.double(), reference.double()
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize(("layout", "case"), COMPARED)
+def test_losses_are_the_single_process_ones(results, layout, case):
+    (single,) = load_ranks(results, "single", REFERENCE.get(case, case))
+    seen = set()
+    for rank in load_ranks(results, layout, case):
+        for index, loss in rank["losses"].items():
+            reference = single["losses"][index].item()
+            assert loss.item() == pytest.approx(reference, rel=TOLERANCE)
+            seen.add(index)
+    assert seen == set(single["losses"])
+
+
+@pytest.mark.parametrize(("layout", "case"), COMPARED)
+def test_gradients_are_the_single_process_ones(results, layout, case):
+    """On every rank, replicas too: a gradient that one rank failed to reduce shows."""
+    (single,) = load_ranks(results, "single", REFERENCE.get(case, case))
+    ranks = load_ranks(results, layout, case)
+    tp = LAYOUTS[layout].tp
+    for first in range(0, len(ranks), tp):
+        gradients = whole_tensors(ranks[first : first + tp])
+        assert gradients.keys() == single["values"].keys()
+        for name, values in gradients.items():
+            for value in values:
+                error = relative_error(value, single["values"][name])
+                assert error < TOLERANCE, f"{name}, tensor-parallel group of rank {first}"
+
+
+@pytest.mark.parametrize("case", ["sinkhorn", "classic", "unconstrained", "identity", "bf16"])
+def test_every_parameter_has_a_gradient(results, case):
+    """Else the comparisons above compare nothing."""
+    (single,) = load_ranks(results, "single", case)
+    mhc = [name for name in single["values"] if any(part in name for part in MHC_PARAMETERS)]
+    assert len(mhc) == MHC_COUNT
+    for name, gradient in single["values"].items():
+        assert gradient.norm() > 1e-6, name
+
+
+def test_tensor_parallel_ranks_hold_parts_and_mhc_parameters_whole(results):
+    for rank in load_ranks(results, "tp2", "sinkhorn"):
+        sharding = rank["sharding"]
+        assert sharding["decoder.layers.0.mlp.linear_fc1.weight"] == (0, 2)
+        assert sum(part is not None for part in sharding.values()) == 3 * 4 + 2
+        for name, part in sharding.items():
+            if any(mark in name for mark in MHC_PARAMETERS):
+                assert part is None, name
+
+
+def test_bf16_model_keeps_mhc_parameters_in_float32(results):
+    for layout in ("single", "dp2"):
+        for rank in load_ranks(results, layout, "bf16"):
+            for name, dtype in rank["dtypes"].items():
+                mhc = any(part in name for part in MHC_PARAMETERS)
+                assert dtype == (torch.float32 if mhc else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("precision", ["", "bf16_"])
+def test_distributed_optimizer_steps_as_the_plain_one(results, precision):
+    plain = load_ranks(results, "dp2", f"{precision}adam")
+    distributed = load_ranks(results, "dp2", f"{precision}distributed_adam")
+    (before,) = load_ranks(results, "single", "bf16" if precision else "sinkhorn")
+    for one, other in zip(plain, distributed, strict=True):
+        assert one["dtypes"] == other["dtypes"] == before["dtypes"]
+        for index, loss in other["losses"].items():
+            assert loss < before["losses"][index] - 0.1, "it did not learn"
+        for name, value in one["values"].items():
+            error = relative_error(other["values"][name], value)
+            assert error < 1e-6, name
