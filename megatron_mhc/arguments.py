@@ -87,7 +87,7 @@ def mhc_config_from_args(args: argparse.Namespace) -> MHCConfig:
         return MHCConfig(**values)
     except ValueError as error:
         field, _, rest = str(error).partition("=")
-        raise UserError(f"{FLAG_OF_FIELD[field]} {rest.replace(':', ': ', 1)}") from None
+        raise UserError(f"{FLAG_OF_FIELD[field]} {rest}") from None
 
 
 def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:

@@ -8,8 +8,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
 from .arguments import DEFAULTS, flag
 from .errors import UserError
 
@@ -62,11 +60,14 @@ def saved_settings(checkpoint: Path) -> dict[str, object] | None:
 
     A checkpoint of a plain model gives {"mhc": False}.
     """
-    common = checkpoint / "common.pt"
-    if not common.is_file():
+    # Imported here: tools read trackers with this module, without Megatron.
+    from megatron.core.dist_checkpointing import load_common_state_dict
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        saved = load_common_state_dict(str(checkpoint)).get("args")
+    except CheckpointingException:
         return None
-    # Megatron keeps its argument namespace in here, which weights_only cannot read.
-    saved = torch.load(common, map_location="cpu", weights_only=False).get("args")
     if saved is None:
         return None
     # One stream is the plain residual, whatever the other flags say.

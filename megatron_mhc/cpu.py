@@ -8,6 +8,7 @@ what only orders or times GPU work does nothing. What Megatron itself must chang
 
 import contextlib
 import sys
+import types
 
 import torch
 import torch._dynamo
@@ -79,6 +80,8 @@ def stand_in_for_cuda() -> None:
         "current_device": _returning("cpu"),
         "device_count": _returning(1),
         "set_device": _returning(None),
+        # From compute capability 10 on, Megatron asks nothing of CUDA_DEVICE_MAX_CONNECTIONS.
+        "get_device_properties": _returning(types.SimpleNamespace(major=10, minor=0)),
         "synchronize": _returning(None),
         "empty_cache": _returning(None),
         "Stream": _Stream,

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import (
     compile_helpers,
+    cpu_data_iterators,
     cpu_initialize,
     cpu_rng_fork,
     cpu_rng_state,
@@ -34,6 +35,7 @@ PATCHES: tuple[Patch, ...] = (
     compile_helpers.PATCH,
     transformer_block.PATCH,
     cpu_initialize.PATCH,
+    cpu_data_iterators.PATCH,
     cpu_rng_state.PATCH,
     cpu_rng_fork.PATCH,
 )

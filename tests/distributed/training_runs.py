@@ -28,7 +28,7 @@ FLAGS = f"""
     --position-embedding-type rope --seq-length 32 --max-position-embeddings 32
     --micro-batch-size 2 --global-batch-size 4 --train-iters {STEPS} --lr 1e-2
     --hidden-dropout 0.1 --attention-dropout 0.1 --mock-data --split 90,5,5
-    --tokenizer-type NullTokenizer --vocab-size 120 --make-vocab-size-divisible-by 8
+    --tokenizer-type NullTokenizer --vocab-size 128 --make-vocab-size-divisible-by 8
     --no-create-attention-mask-in-dataloader --log-interval 1 --eval-interval 1000 --eval-iters 2
     --save-interval {SAVE_INTERVAL}
 """.split()
@@ -51,12 +51,15 @@ class Run:
         return f"exit code {self.code}\n{self.log[-4000:]}"
 
     @property
-    def losses(self) -> dict[int, str]:
-        """The training loss of every step, as printed."""
-        return {
-            int(step): loss
-            for step, loss in re.findall(r"iteration +(\d+)/.*? lm loss: (\S+)", self.log)
-        }
+    def losses(self) -> dict[int, float]:
+        """The training loss of every step."""
+        printed = re.findall(r"iteration +(\d+)/.*? lm loss: (\S+)", self.log)
+        losses = {int(step): float(loss) for step, loss in printed}
+        # Megatron keeps its sum after a process's first step: the second line is the mean of both.
+        if len(losses) > 1:
+            first, second, *_ = losses
+            losses[second] = 2 * losses[second] - losses[first]
+        return losses
 
     @property
     def validation_loss(self) -> float:

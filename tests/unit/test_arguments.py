@@ -1,0 +1,104 @@
+"""The --mhc flags: defaults, and every refusal names the flag, the value and the remedy."""
+
+import argparse
+
+import pytest
+from megatron_mhc import MHCConfig, environment
+from megatron_mhc.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def parser():
+    environment.prepare()
+    from megatron.training.arguments import add_megatron_arguments
+    from megatron_mhc.arguments import add_mhc_args
+
+    return add_mhc_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def validate(parser, *words: str) -> MHCConfig | None:
+    from megatron_mhc.arguments import validate_mhc_args
+
+    return validate_mhc_args(parser.parse_args(words))
+
+
+def test_plain_mhc_flag_gives_the_papers_settings(parser):
+    assert validate(parser, "--mhc") == MHCConfig(
+        num_streams=4,
+        sinkhorn_iterations=20,
+        init_gating_factor=0.01,
+        residual_mixing="sinkhorn",
+        eps=1e-6,
+        backend="auto",
+    )
+
+
+def test_every_setting_has_its_flag(parser):
+    words = "--mhc --mhc-num-residual-streams 8 --mhc-sinkhorn-iterations 5 --mhc-eps 1e-5"
+    words += " --mhc-residual-mixing identity --mhc-init-gating-factor 0.1 --mhc-backend torch"
+    expected = MHCConfig(8, 5, 0.1, "identity", 1e-5, "torch")
+    assert validate(parser, *words.split()) == expected
+
+
+@pytest.mark.parametrize("words", [[], ["--mhc", "--mhc-num-residual-streams", "1"]])
+def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
+    assert validate(parser, *words) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mhc-eps 1e-6", r"--mhc-eps 1e-06: has no effect without --mhc"),
+        ("--mhc-log-gain-interval 5", r"--mhc-log-gain-interval 5: has no effect without --mhc"),
+        (
+            "--mhc --mhc-num-residual-streams 0",
+            r"--mhc-num-residual-streams 0: expected a whole number from 1 to 64",
+        ),
+        ("--mhc --mhc-sinkhorn-iterations 0", r"--mhc-sinkhorn-iterations 0: expected a whole"),
+        ("--mhc --mhc-eps 0.5", r"--mhc-eps 0.5: expected 0 <= eps"),
+        ("--mhc --mhc-init-gating-factor 7", r"--mhc-init-gating-factor 7.0: expected -1 to 1"),
+        ("--mhc --mhc-log-gain-interval -1", r"--mhc-log-gain-interval -1: expected 0"),
+        (
+            "--mhc --pipeline-model-parallel-size 2",
+            r"--pipeline-model-parallel-size 2: does not work with --mhc yet; use 1",
+        ),
+        ("--mhc --mtp-num-layers 1", r"--mtp-num-layers 1: does not work with --mhc yet"),
+        ("--mhc --fp32-residual-connection", r"--fp32-residual-connection: does not work"),
+        ("--mhc --cuda-graph-impl local", r"--cuda-graph-impl local: .*; use none"),
+        ("--mhc --transformer-impl inference_optimized", r"--transformer-impl inference_optimized"),
+        (
+            "--mhc --recompute-granularity selective --recompute-modules mla_up_proj mlp",
+            r"--recompute-modules mla_up_proj: does not work with --mhc yet; use some of core_attn",
+        ),
+        ("--mhc --overlap-moe-expert-parallel-comm", r"--overlap-moe-expert-parallel-comm: does"),
+        ("--mhc --fine-grained-activation-offloading", r"--fine-grained-activation-offloading"),
+        ("--mhc --use-megatron-fsdp", r"--use-megatron-fsdp: .*Megatron's own DDP"),
+        ("--mhc --init-model-with-meta-device", r"--init-model-with-meta-device: does not"),
+        ("--mhc --spec a b", r"--spec \['a', 'b'\]: .*brings its own"),
+        ("--mhc --yaml-cfg x.yaml", r"--yaml-cfg x.yaml: "),
+        ("--mhc --hybrid-layer-pattern M*", r"--hybrid-layer-pattern M\*: "),
+        ("--mhc --experimental-attention-variant dsa", r"--experimental-attention-variant dsa"),
+        ("--mhc --heterogeneous-layers-config-path x", r"--heterogeneous-layers-config-path x"),
+        ("--mhc --use-torch-fsdp2", r"--use-torch-fsdp2: "),
+    ],
+)
+def test_refusals_name_flag_value_and_remedy(parser, words, message):
+    with pytest.raises(UserError, match=message):
+        validate(parser, *words.split())
+
+
+def test_all_refusals_come_in_one_message(parser):
+    with pytest.raises(UserError) as refusal:
+        validate(parser, "--mhc", "--mtp-num-layers", "1", "--spec", "a", "b")
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+def test_every_refused_flag_is_one_of_megatrons(parser):
+    from megatron_mhc.incompatible import INCOMPATIBLE
+
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert {row.flag for row in INCOMPATIBLE} <= known
+
+
+def test_refused_features_are_fine_without_mhc(parser):
+    assert validate(parser, "--pipeline-model-parallel-size", "2", "--mtp-num-layers", "1") is None

@@ -1,0 +1,79 @@
+"""What is wrong with an installation is named before Megatron's import breaks on it."""
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from megatron_mhc import environment
+from megatron_mhc.environment import EnvironmentProblem
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_half_installed_transformer_engine_is_named(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise FileNotFoundError('no .so')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EnvironmentProblem) as problem:
+        environment.check_transformer_engine()
+    message = str(problem.value)
+    assert str(package) in message
+    assert "libtransformer_engine*.so" in message
+    assert "pip uninstall transformer-engine" in message
+
+
+def test_whole_transformer_engine_passes(tmp_path, monkeypatch):
+    package = tmp_path / "transformer_engine"
+    (package / "wheel_lib").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "wheel_lib" / "transformer_engine_torch.cpython-312.so").touch()
+    (package / "libtransformer_engine.so").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    environment.check_transformer_engine()
+
+
+def test_unsupported_megatron_is_named(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "0.16.1")
+    with pytest.raises(EnvironmentProblem, match=r"megatron-core 0.16.1 is installed.*pip install"):
+        environment.check_megatron()
+
+
+def test_missing_megatron_is_named(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(EnvironmentProblem, match="megatron-core is not installed: pip install"):
+        environment.check_megatron()
+
+
+def test_script_shows_an_environment_problem_without_a_traceback(tmp_path):
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "pretrain_gpt.py", "--mhc"],
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("pretrain_gpt.py: error: Transformer Engine in ")
+    assert "Traceback" not in run.stderr
+
+
+def test_cpu_stand_in_says_so_once():
+    """In a process of its own: "cuda" works on the CPU, and one line says it."""
+    program = (
+        "from megatron_mhc import environment; environment.prepare(); environment.prepare();"
+        "import torch; print(torch.zeros(2, device='cuda').cuda().type(), torch.ones(1).device)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.stdout.strip() == "torch.cuda.FloatTensor cpu"
+    assert run.stderr.count("the CPU stands in for CUDA") == 1

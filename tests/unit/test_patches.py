@@ -1,0 +1,122 @@
+"""Patch records: applied whole or not at all, refused on unknown source, undone to the letter."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from megatron_mhc import environment, patches
+from megatron_mhc.patches.record import Patch, fingerprint
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    environment.prepare()
+    patches.undo()
+    yield
+    patches.undo()
+
+
+def states() -> dict[str, str]:
+    return {row.patch.name: row.state for row in patches.status()}
+
+
+def test_every_patch_is_ready_on_the_tested_megatron():
+    assert set(states().values()) == {"ready"}
+    assert patches.megatron_version() in patches.PATCHES[0].tested
+
+
+def test_apply_and_undo_leave_megatron_as_it_was():
+    before = {patch.name: patch.current() for patch in patches.PATCHES}
+    patches.apply()
+    assert set(states().values()) == {"applied"}
+    for patch in patches.PATCHES:
+        assert patch.current() is not before[patch.name]
+    patches.undo()
+    assert {patch.name: patch.current() for patch in patches.PATCHES} == before
+
+
+def test_applying_twice_patches_once():
+    patches.apply()
+    after_first = [patch.current() for patch in patches.PATCHES]
+    patches.apply()
+    assert [patch.current() for patch in patches.PATCHES] == after_first
+
+
+def test_unknown_source_is_refused_and_nothing_is_patched(monkeypatch):
+    from megatron.core.datasets import utils
+
+    def compile_helpers():
+        """Another version's function."""
+
+    monkeypatch.setattr(utils, "compile_helpers", compile_helpers)
+    with pytest.raises(patches.PatchRefused) as refusal:
+        patches.apply()
+    message = str(refusal.value)
+    assert "megatron.core.datasets.utils:compile_helpers" in message
+    assert patches.megatron_version() in message
+    assert "--mhc-force-patches" in message
+    assert fingerprint(compile_helpers) in message
+    assert states()["transformer_block"] == "ready"
+    assert states()["compile_helpers"] == "refused"
+    assert "refused: compile_helpers" in patches.start_up_line()
+
+    patches.apply(force=True)
+    assert states()["compile_helpers"] == "applied"
+
+
+def test_start_up_line_says_what_was_applied_and_why_not(monkeypatch):
+    patches.apply()
+    line = patches.start_up_line()
+    assert line.startswith(f"mHC patches on megatron-core {patches.megatron_version()}: applied: ")
+    assert "compile_helpers" in line
+    patches.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "cpu_initialize (a GPU is here)" in patches.start_up_line()
+
+
+def test_require_names_the_missing_patch():
+    with pytest.raises(RuntimeError, match="patch transformer_block is not applied"):
+        patches.require("transformer_block")
+    patches.apply()
+    patches.require("transformer_block")
+
+
+def test_plain_models_keep_megatrons_block():
+    """Only a spec of ours gets our block, so a plain teacher beside an mHC student stays plain."""
+    from megatron.core.transformer.transformer_block import TransformerBlock
+    from megatron_mhc import MHCConfig
+    from megatron_mhc.block import MHCTransformerBlock
+
+    from tests.models import build_gpt
+
+    assert type(build_gpt(None).decoder) is TransformerBlock
+    assert type(build_gpt(MHCConfig()).decoder) is MHCTransformerBlock
+
+
+def test_compile_helpers_reports_a_wheel_without_its_extension(monkeypatch):
+    from megatron.core.datasets import utils
+
+    patches.apply()
+    utils.compile_helpers()  # the wheel has it
+    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)
+    with pytest.raises(RuntimeError, match="reinstall megatron-core from its wheel"):
+        utils.compile_helpers()
+
+
+def test_a_class_attribute_can_be_a_target():
+    patch = Patch("t", "argparse:Namespace.__eq__", "a test", {}, lambda original: original)
+    assert callable(patch.current())
+
+
+def test_module_command_lists_every_patch():
+    listing = subprocess.run(
+        [sys.executable, "-m", "megatron_mhc.patches"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    for patch in patches.PATCHES:
+        assert patch.name in listing
+    assert "ready" in listing
