@@ -34,9 +34,7 @@ def head_shapes(n: int, channels: int) -> dict[str, tuple[int, ...]]:
 def check_streams(x: Tensor) -> None:
     """x is a floating tensor [..., n, C]."""
     if x.dim() < 2 or not x.is_floating_point():
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype}: expected floating streams [..., n, C]"
-        )
+        raise ValueError(f"x is {tuple(x.shape)} {x.dtype}: expected floating streams [..., n, C]")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -50,7 +48,7 @@ def check_parameters(expected: dict[str, tuple[int, ...]], **parameters: Tensor)
         check_shape(name, parameter, expected[name])
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name} is {parameter.dtype}: mapping parameters stay float32, also in a bf16 model"
+                f"{name} is {parameter.dtype}: mapping parameters stay float32, in bf16 models too"
             )
 
 

@@ -38,7 +38,9 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("mHC", "manifold-constrained hyper-connections")
     group.add_argument("--mhc", action="store_true", help="Train with mHC residual streams.")
     group.add_argument(
-        "--mhc-num-residual-streams", type=int, help="Residual streams n; 1 is the plain residual. [4]"
+        "--mhc-num-residual-streams",
+        type=int,
+        help="Residual streams n; 1 is the plain residual. [4]",
     )
     group.add_argument(
         "--mhc-residual-mixing",

@@ -108,7 +108,8 @@ def check_checkpoint(args: argparse.Namespace) -> list[str]:
         made, now = ("with", "without") if saved["mhc"] else ("without", "with")
         remedy = "add --mhc" if saved["mhc"] else "leave --mhc out, or start a new --load folder"
         raise UserError(
-            f"--load {args.load}: {checkpoint.name} was made {made} --mhc, this run is {now}; {remedy}"
+            f"--load {args.load}: {checkpoint.name} was made {made} --mhc, "
+            f"this run is {now}; {remedy}"
         )
     differing = [
         f"{flag(name)} {getattr(args, name)}: {checkpoint.name} was made with {saved[name]}"

@@ -74,7 +74,9 @@ def stand_in_for_cuda() -> None:
     global _mode
     if _mode is not None:
         return
-    print("mHC: no GPU here, the CPU stands in for CUDA (for tests and small runs)", file=sys.stderr)
+    print(
+        "mHC: no GPU here, the CPU stands in for CUDA (for tests and small runs)", file=sys.stderr
+    )
 
     replacements = {
         "current_device": _returning("cpu"),

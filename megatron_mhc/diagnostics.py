@@ -82,12 +82,12 @@ def recorded(model: torch.nn.Module) -> Iterator[list[MappingRecord]]:
 
 
 def forward_gain(comb: Tensor) -> Tensor:
-    """max_o |sum_i comb[i, o]|, the largest absolute row sum of H_res = comb^T: [..., n, n] to [...]."""
+    """The largest absolute row sum of H_res, max_o |sum_i comb[i, o]|: [..., n, n] to [...]."""
     return comb.sum(-2).abs().amax(-1)
 
 
 def backward_gain(comb: Tensor) -> Tensor:
-    """max_i |sum_o comb[i, o]|, the largest absolute column sum of H_res: [..., n, n] to [...]."""
+    """The largest absolute column sum of H_res, max_i |sum_o comb[i, o]|: [..., n, n] to [...]."""
     return comb.sum(-1).abs().amax(-1)
 
 

@@ -31,7 +31,9 @@ def _set(name: str) -> Callable[[argparse.Namespace], object]:
 
 
 def _above(name: str, limit: int) -> Callable[[argparse.Namespace], object]:
-    return lambda args: getattr(args, name, None) if (getattr(args, name, None) or 0) > limit else None
+    return lambda args: (
+        getattr(args, name, None) if (getattr(args, name, None) or 0) > limit else None
+    )
 
 
 def _other_than(name: str, *fine: object) -> Callable[[argparse.Namespace], object]:
@@ -59,7 +61,9 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
     Incompatibility("--external-cuda-graph", _set("external_cuda_graph"), _LEAVE_OUT),
     Incompatibility(
         "--transformer-impl",
-        lambda args: args.transformer_impl if args.transformer_impl == "inference_optimized" else None,
+        lambda args: (
+            args.transformer_impl if args.transformer_impl == "inference_optimized" else None
+        ),
         "use transformer_engine or local",
     ),
     Incompatibility(

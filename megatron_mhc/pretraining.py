@@ -115,7 +115,7 @@ def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
 
 
 def make_forward_step():
-    """The ``forward_step_func`` of ``pretrain``: one micro-batch through the model, gains logged."""
+    """The ``forward_step_func`` of ``pretrain``: a micro-batch through the model, gains logged."""
     gain_log = GainLog()
 
     def forward_step(data_iterator, model):

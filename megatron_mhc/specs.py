@@ -74,7 +74,7 @@ def _convert_layer(config, spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MHCLayerSpec:
-    """A ``GPTModelConfig.transformer_layer_spec``: builds the mHC spec when Megatron asks for it."""
+    """A ``GPTModelConfig.transformer_layer_spec``: builds the mHC spec when Megatron asks."""
 
     mhc: MHCConfig
 

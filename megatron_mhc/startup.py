@@ -1,4 +1,4 @@
-"""From the command line to what ``pretrain`` takes; everything that can be refused is refused here."""
+"""From the command line to what ``pretrain`` takes; what can be refused is refused here."""
 
 import argparse
 

@@ -109,7 +109,7 @@ def require(name: str) -> None:
     """
     if name not in _originals:
         raise RuntimeError(
-            f"patch {name} is not applied: call megatron_mhc.patches.apply() before building a model"
+            f"patch {name} is not applied: call megatron_mhc.patches.apply() before building one"
         )
 
 

@@ -12,7 +12,11 @@ def _datasets_folder() -> Path:
 
 
 def _why_not() -> str | None:
-    return "a source install, with its Makefile" if (_datasets_folder() / "Makefile").exists() else None
+    return (
+        "a source install, with its Makefile"
+        if (_datasets_folder() / "Makefile").exists()
+        else None
+    )
 
 
 def _build(original):

@@ -1,6 +1,7 @@
 """Small GPT models for tests: plain and mHC, from the same seed, in one process."""
 
 import torch
+
 from megatron_mhc import MHCConfig, environment, patches
 
 SEED = 7
@@ -35,6 +36,7 @@ def build_gpt(mhc: MHCConfig | None, *, transformer_engine: bool = False, tied=F
     )
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
+
     from megatron_mhc import get_mhc_block_spec
 
     torch.manual_seed(SEED)

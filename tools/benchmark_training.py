@@ -110,14 +110,16 @@ def train(args, case: str) -> dict:
 
 def table(results: list[dict]) -> str:
     rows = [
-        "| run | loss, first | loss, last 20 | validation loss | ms / step | over plain | peak MiB |"
-        " over plain | max gain |",
+        "| run | loss, first | loss, last 20 | validation loss "
+        "| ms / step | over plain | peak MiB | over plain | max gain |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     plain = {r["case"].split("-", 1)[1]: r for r in results if r["case"].startswith("plain")}
     for result in results:
         base = plain.get(result["case"].split("-", 1)[1])
-        over = [f"{result[key] / base[key]:.2f}x" if base else "-" for key in ("step_ms", "peak_mib")]
+        over = [
+            f"{result[key] / base[key]:.2f}x" if base else "-" for key in ("step_ms", "peak_mib")
+        ]
         gain = "-" if result["max_gain"] is None else f"{result['max_gain']:.3f}"
         rows.append(
             f"| {result['case']} | {result['loss'][0]:.3f} | "
@@ -147,7 +149,9 @@ def main() -> None:
         # After every case: a run cut short keeps what it has.
         (args.out / "training.json").write_text(json.dumps(results, indent=1))
         (args.out / "training.md").write_text(table(results) + "\n")
-    draw_comparison([read_run(args.out / case, case) for case in args.cases], args.out / "training.png")
+    draw_comparison(
+        [read_run(args.out / case, case) for case in args.cases], args.out / "training.png"
+    )
     print(table(results))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a small mHC GPT on prepared text, on this machine; ``make pretrain`` and ``make compare``."""
+"""Train a small mHC GPT on prepared text, here: ``make pretrain`` and ``make compare``."""
 
 import argparse
 import shlex
@@ -21,7 +21,9 @@ console = Console()
 
 def train(run: SmallRun) -> None:
     if run.finished():
-        console.print(f"{run.folder} is finished; for a new training, remove it or give another --run")
+        console.print(
+            f"{run.folder} is finished; for a new training, remove it or give another --run"
+        )
         return
     console.print(f"$ {shlex.join(run.command())}", highlight=False, soft_wrap=True, style="dim")
     run.train(console)

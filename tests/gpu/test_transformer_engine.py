@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+
 from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnection
 from megatron_mhc.parameters import Float32Parameters
-
 from tests.models import build_gpt, random_tokens, scramble_mappings
 
 MHC = MHCConfig()

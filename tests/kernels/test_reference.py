@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from megatron_mhc import kernels
 from torch.autograd import gradcheck
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4HyperConnection,
     DeepseekV4HyperHead,
 )
+
+from megatron_mhc import kernels
 
 CHANNELS, TOKENS, ITERATIONS, EPS, NORM_EPS = 24, (2, 5), 20, 1e-6, 3e-6
 # Relative errors of fp32 against fp32 in another order of summation.

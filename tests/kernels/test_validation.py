@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from megatron_mhc import kernels
 
 
@@ -19,7 +20,7 @@ X = torch.zeros(3, 2, 8)
         (lambda: kernels.mhc_pre(X, *mapping(n=4)), r"fn is \(24, 32\): expected \(8, 16\)"),
         (
             lambda: kernels.mhc_pre(X, *[p.bfloat16() for p in mapping()]),
-            "fn is torch.bfloat16: mapping parameters stay float32",
+            "fn is torch.bfloat16: mapping parameters stay float32, in bf16",
         ),
         (lambda: kernels.mhc_pre(X, *mapping(), iterations=0), "iterations=0: at least 1"),
         (lambda: kernels.mhc_pre(X, *mapping(), eps=-1e-6), "eps=-1e-06: expected 0 <= eps"),

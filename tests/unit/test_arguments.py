@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+
 from megatron_mhc import MHCConfig, environment
 from megatron_mhc.errors import UserError
 
@@ -11,6 +12,7 @@ from megatron_mhc.errors import UserError
 def parser():
     environment.prepare()
     from megatron.training.arguments import add_megatron_arguments
+
     from megatron_mhc.arguments import add_mhc_args
 
     return add_mhc_args(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))

@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
 from megatron_mhc import environment
 from megatron_mhc.environment import EnvironmentProblem
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from megatron_mhc import MHCConfig
 
+from megatron_mhc import MHCConfig
 from tests.models import build_gpt, random_tokens
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from megatron_mhc import HyperConnection, HyperHead, MHCConfig, StreamState, kernels
 
 MIXINGS = kernels.RESIDUAL_MIXINGS
@@ -63,7 +64,11 @@ def test_head_starts_as_the_mean():
 
 def test_pending_merge_is_formed_by_every_consumer_alike():
     config = MHCConfig()
-    first, second, head = HyperConnection(config, 8), HyperConnection(config, 8, 1), HyperHead(config, 8)
+    first, second, head = (
+        HyperConnection(config, 8),
+        HyperConnection(config, 8, 1),
+        HyperHead(config, 8),
+    )
     for parameter in [*first.parameters(), *second.parameters(), *head.parameters()]:
         torch.nn.init.normal_(parameter)
     u, residual = first(StreamState(torch.randn(3, 4, 8)))

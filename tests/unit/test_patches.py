@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from megatron_mhc import environment, patches
 from megatron_mhc.patches.record import Patch, fingerprint
 
@@ -63,6 +64,7 @@ def test_unknown_source_is_refused_and_nothing_is_patched(monkeypatch):
 
     patches.apply(force=True)
     assert states()["compile_helpers"] == "applied"
+    patches.undo()  # before monkeypatch puts the real function back
 
 
 def test_start_up_line_says_what_was_applied_and_why_not(monkeypatch):
@@ -85,9 +87,9 @@ def test_require_names_the_missing_patch():
 def test_plain_models_keep_megatrons_block():
     """Only a spec of ours gets our block, so a plain teacher beside an mHC student stays plain."""
     from megatron.core.transformer.transformer_block import TransformerBlock
+
     from megatron_mhc import MHCConfig
     from megatron_mhc.block import MHCTransformerBlock
-
     from tests.models import build_gpt
 
     assert type(build_gpt(None).decoder) is TransformerBlock

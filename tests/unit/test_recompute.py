@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from megatron_mhc import MHCConfig
 
+from megatron_mhc import MHCConfig
 from tests.models import SEED, build_gpt, random_tokens, scramble_mappings
 
 
