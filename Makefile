@@ -4,6 +4,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 DATA := data/stdlib
+RUN := runs
+STEPS := 400
 
 .PHONY: setup pretrain compare test lint gpu-test help
 
@@ -23,10 +25,12 @@ $(STAMP): setup.py constraints.txt tools/find_python.sh
 	touch $@
 
 pretrain: $(STAMP)
-	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run runs/pretrain
+	$(PYTHON) tools/prepare_data.py --stdlib --output-prefix $(DATA)
+	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run $(RUN)/pretrain --steps $(STEPS)
 
 compare: $(STAMP)
-	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run runs/compare --compare
+	$(PYTHON) tools/prepare_data.py --stdlib --output-prefix $(DATA)
+	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run $(RUN)/compare --steps $(STEPS) --compare
 
 test: $(STAMP)
 	$(PYTHON) -m pytest tests

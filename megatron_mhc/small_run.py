@@ -7,7 +7,9 @@ run left on disk.
 import os
 import subprocess
 import sys
+import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,24 +99,29 @@ class SmallRun:
         """Run to the last step, resuming where a checkpoint lies; progress on the console.
 
         Raises:
-            UserError: the training failed; the message has the end of its log.
+            UserError: the training failed or was interrupted; the message has its log's end.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         log_path = self.folder / "log.txt"
-        tail: deque[str] = deque(maxlen=25)
-        with open(log_path, "a") as log, _progress(console, self.steps) as show:
-            process = subprocess.Popen(
+        # To a file and not a pipe: helper processes of a killed trainer would hold a pipe open.
+        with open(log_path, "a") as log:
+            start = log.tell()
+            trainer = subprocess.Popen(
                 self.command(),
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=subprocess.STDOUT,
-                text=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-            for line in process.stdout:
-                log.write(line)
-                tail.append(line)
-                show(line)
-        if process.wait():
+        tail: deque[str] = deque(maxlen=25)
+        try:
+            with _Progress(console, self.steps) as progress:
+                for line in _follow(log_path, start, trainer):
+                    tail.append(line)
+                    progress.show(line)
+        except KeyboardInterrupt:
+            trainer.wait()  # the terminal interrupted it too
+            raise UserError("interrupted; the same command resumes from the last save") from None
+        if trainer.returncode:
             raise UserError(f"training failed, log in {log_path}; its end:\n{''.join(tail)}")
 
     def report(self) -> Run:
@@ -122,27 +129,46 @@ class SmallRun:
         return read_run(self.folder / "tensorboard", self.mixing)
 
 
-class _progress:
+def _follow(path: Path, start: int, process: subprocess.Popen) -> Iterator[str]:
+    """The lines that a process adds to a file from byte ``start`` on, until it ends."""
+    with open(path) as file:
+        file.seek(start)
+        while True:
+            ended = process.poll() is not None
+            yield from iter(file.readline, "")
+            if ended:
+                return
+            time.sleep(0.2)
+
+
+class _Progress:
     """A live line on a terminal, ten plain lines elsewhere."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
         self._every = max(1, steps // 10)
         self._validation = "-"
-        columns = ("step", MofNCompleteColumn(), BarColumn(), "{task.description}")
-        shown = [TextColumn(column) if isinstance(column, str) else column for column in columns]
-        self._bar = Progress(*shown, TimeRemainingColumn(), console=console, transient=True)
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
         self._task = self._bar.add_task("starting", total=steps)
 
-    def __enter__(self):
+    def __enter__(self) -> "_Progress":
         if self._console.is_terminal:
             self._bar.start()
-        return self._show
+        return self
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def _show(self, line: str) -> None:
+    def show(self, line: str) -> None:
+        """Take in one line of Megatron's log."""
         if (loss := parse_validation(line)) is not None:
             self._validation = f"{loss:.3f}"
         step = parse_step(line)

@@ -9,12 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from megatron_mhc.errors import UserError  # noqa: E402
-from megatron_mhc.report.curves import VALIDATION_LOSS  # noqa: E402
 from megatron_mhc.report.plots import draw_comparison, draw_run  # noqa: E402
-from megatron_mhc.small_run import MIXINGS, SmallRun, last, summary_line  # noqa: E402
+from megatron_mhc.report.table import print_table  # noqa: E402
+from megatron_mhc.small_run import MIXINGS, SmallRun, summary_line  # noqa: E402
 
 console = Console()
 
@@ -27,19 +26,6 @@ def train(run: SmallRun) -> None:
         return
     console.print(f"$ {shlex.join(run.command())}", highlight=False, soft_wrap=True, style="dim")
     run.train(console)
-
-
-def compare(runs: list[SmallRun], plot: Path) -> None:
-    curves = [run.report() for run in runs]
-    draw_comparison(curves, plot)
-    table = Table(title=f"same seed, same tokens, {runs[0].steps} steps")
-    for heading in ("model", "validation loss", "max composite gain"):
-        table.add_column(heading)
-    for curve in curves:
-        gain = curve.max_gain()
-        loss = last(curve.curve(VALIDATION_LOSS))
-        table.add_row(curve.name, f"{loss:.4f}", "-" if gain is None else f"{gain:.3f}")
-    console.print(table)
 
 
 def main() -> None:
@@ -65,7 +51,9 @@ def main() -> None:
 
     plot = args.run / "training.png"
     if args.compare:
-        compare(runs, plot)
+        curves = [run.report() for run in runs]
+        draw_comparison(curves, plot)
+        print_table(curves)
         print(f"mhc-compare: plot={plot}")
     else:
         draw_run(runs[0].report(), plot)

@@ -127,8 +127,9 @@ def test_bf16_model_keeps_mhc_parameters_in_float32(results):
                 assert dtype == (torch.float32 if mhc else torch.bfloat16), name
 
 
-@pytest.mark.parametrize("precision", ["", "bf16_"])
-def test_distributed_optimizer_steps_as_the_plain_one(results, precision):
+# A last bit of the gradients' norm rounds some bf16 weights the other way; their spacing is 0.004.
+@pytest.mark.parametrize(("precision", "tolerance"), [("", 1e-6), ("bf16_", 4e-3)])
+def test_distributed_optimizer_steps_as_the_plain_one(results, precision, tolerance):
     plain = load_ranks(results, "dp2", f"{precision}adam")
     distributed = load_ranks(results, "dp2", f"{precision}distributed_adam")
     (before,) = load_ranks(results, "single", "bf16" if precision else "sinkhorn")
@@ -138,4 +139,4 @@ def test_distributed_optimizer_steps_as_the_plain_one(results, precision):
             assert loss < before["losses"][index] - 0.1, "it did not learn"
         for name, value in one["values"].items():
             error = relative_error(other["values"][name], value)
-            assert error < 1e-6, name
+            assert error < tolerance, name
