@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_mhc.data import PrepareError, Settings, prepare
+from megatron_mhc.data import Settings, UserError, prepare
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     options["inputs"] = tuple(options["inputs"])
     try:
         prepare(Settings(**options))
-    except PrepareError as error:
+    except UserError as error:
         print(f"prepare_data: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

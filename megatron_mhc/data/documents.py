@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from megatron_mhc.data.errors import PrepareError
 from megatron_mhc.data.sources import Source
+from megatron_mhc.errors import UserError
 
 LINE_SEARCH = 1 << 20
 """Bytes of a text looked through for the next line's start."""
@@ -37,7 +37,7 @@ def read_span(
         skipped: counts the records without such text.
 
     Raises:
-        PrepareError: the file is gone, unreadable or changed.
+        UserError: the file is gone, unreadable or changed.
     """
     with span.source.open() as stream:
         stream.seek(span.start)
@@ -104,7 +104,7 @@ def chunks_of(sources: Iterable[Source], most: int) -> list[list[Span]]:
 
 
 def check_jsonl(source: Source, json_key: str) -> None:
-    """Raises PrepareError when the first record of a ``.jsonl`` source has no such text."""
+    """Raises UserError when the first record of a ``.jsonl`` source has no such text."""
     with source.open() as stream:
         line = next((line for line in stream if line.strip()), b"")
     if _record_text(line, json_key) is not None:
@@ -113,8 +113,8 @@ def check_jsonl(source: Source, json_key: str) -> None:
         record = json.loads(line)
         keys = ", ".join(sorted(record)) if isinstance(record, dict) else "none, it is no object"
     except ValueError as error:
-        raise PrepareError(f"{source.path}: the first line is not JSON ({error})") from None
-    raise PrepareError(
+        raise UserError(f"{source.path}: the first line is not JSON ({error})") from None
+    raise UserError(
         f"--json-key {json_key!r}: no text under it in the first record of {source.path}; "
         f"its keys are: {keys}"
     )

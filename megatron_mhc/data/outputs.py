@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 from megatron_mhc.data.durable import move, write_json
-from megatron_mhc.data.errors import PrepareError
 from megatron_mhc.data.shards import TRAIN, VALID
+from megatron_mhc.errors import UserError
 
 SUFFIXES = (".bin", ".idx")
 
@@ -37,7 +37,7 @@ class Outputs:
         """The manifest, None without one.
 
         Raises:
-            PrepareError: another program's file has its name.
+            UserError: another program's file has its name.
         """
         try:
             with open(self.manifest_path, encoding="utf-8") as stream:
@@ -48,7 +48,7 @@ class Outputs:
             return None
         except (ValueError, AttributeError):
             pass
-        raise PrepareError(
+        raise UserError(
             f"--output-prefix {self.prefix}: {self.manifest_path} is not a manifest of this tool; "
             "move it away or use another prefix"
         )

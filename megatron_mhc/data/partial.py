@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from megatron_mhc.data.durable import write_json
-from megatron_mhc.data.errors import PrepareError
 from megatron_mhc.data.shards import Counts
+from megatron_mhc.errors import UserError
 
 LOCK, PLAN = "lock", "plan.json"
 
@@ -48,18 +48,18 @@ class Partial:
         """Have the folder alone; made when missing, and removed again if nothing came in it.
 
         Raises:
-            PrepareError: another run has it, it holds files of another program, or it cannot
+            UserError: another run has it, it holds files of another program, or it cannot
                 be made.
         """
         try:
             os.makedirs(self.folder, exist_ok=True)
         except OSError as error:
-            raise PrepareError(
+            raise UserError(
                 f"--output-prefix {prefix}: {self.folder} cannot be made ({error.strerror}); "
                 "give a place that can be written to"
             ) from None
         if not self.is_ours():
-            raise PrepareError(
+            raise UserError(
                 f"--output-prefix {prefix}: {self.folder} holds files that are not this tool's; "
                 "move it away or use another prefix"
             )
@@ -68,7 +68,7 @@ class Partial:
                 # The kernel frees it when the process dies, however it dies.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise PrepareError(
+                raise UserError(
                     f"--output-prefix {prefix}: another run is writing it just now; wait for it "
                     "or use another prefix"
                 ) from None

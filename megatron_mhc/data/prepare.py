@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from megatron_mhc.data.documents import check_jsonl, chunks_of
-from megatron_mhc.data.errors import PrepareError
 from megatron_mhc.data.identity import differences, identity
 from megatron_mhc.data.manifest import build_manifest, summary, train_flags
 from megatron_mhc.data.megatron_io import indexed_dataset
@@ -15,6 +14,7 @@ from megatron_mhc.data.shards import VALID, Counts, merge_shards, splits, write_
 from megatron_mhc.data.sources import Found, find_sources
 from megatron_mhc.data.stdlib_text import describe, find_stdlib
 from megatron_mhc.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_mhc.errors import UserError
 
 
 def prepare(settings: Settings, say: Callable[[str], None] = print) -> dict:
@@ -31,7 +31,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = print) -> dict:
         The manifest.
 
     Raises:
-        PrepareError: a flag or an input is wrong, or the prefix holds something else; nothing
+        UserError: a flag or an input is wrong, or the prefix holds something else; nothing
             was written.
         OSError: the disk is full or not writable; what is done stays for the next call.
     """
@@ -61,7 +61,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = print) -> dict:
         skipped = found.skipped + counts.skipped
         try:
             _check_counts(settings, counts)
-        except PrepareError:
+        except UserError:
             partial.remove()
             raise
         merge_shards(partial.merged, stems, tokenizer, splits(settings))
@@ -88,7 +88,7 @@ def _find(settings: Settings, outputs: Outputs) -> Found:
         return found
     where = [*settings.inputs, *([f"--stdlib of {describe()}"] if settings.stdlib else [])]
     passed = ", ".join(f"{number} {reason}" for reason, number in sorted(found.skipped.items()))
-    raise PrepareError(
+    raise UserError(
         f"found {found.size} bytes of text in {', '.join(where)}"
         f"{f' (passed over: {passed})' if passed else ''}, "
         f"--min-bytes asks for {settings.required_bytes}: give more text or a smaller --min-bytes"
@@ -100,7 +100,7 @@ def _is_prepared(outputs: Outputs, partial: Partial, manifest: dict, wanted: dic
     if not different:
         damage = outputs.damage(manifest)
         if damage:
-            raise PrepareError(
+            raise UserError(
                 f"--output-prefix {outputs.prefix}: {damage}; give --overwrite to build it again"
             )
         return True
@@ -108,7 +108,7 @@ def _is_prepared(outputs: Outputs, partial: Partial, manifest: dict, wanted: dic
     # A killed --overwrite run goes on without the flag given again.
     if plan and plan["may_replace"] and not differences(plan["settings"], wanted):
         return False
-    raise PrepareError(
+    raise UserError(
         f"--output-prefix {outputs.prefix} holds data prepared otherwise: {different}; "
         "use another prefix, or give --overwrite to build it again"
     )
@@ -119,14 +119,14 @@ def _check_may_write(settings: Settings, outputs: Outputs, partial: Partial, wan
     plan = partial.plan()
     different = differences(plan["settings"], wanted) if plan else ""
     if different and not settings.overwrite:
-        raise PrepareError(
+        raise UserError(
             f"--output-prefix {outputs.prefix}: {partial.folder} is an unfinished run prepared "
             f"otherwise: {different}; give its settings to continue it, or --overwrite to start "
             "afresh"
         )
     may_replace = settings.overwrite or (plan is not None and plan["may_replace"])
     if outputs.existing() and not may_replace:
-        raise PrepareError(
+        raise UserError(
             f"--output-prefix {outputs.prefix}: {outputs.existing()[0]} is there without a "
             "manifest of this tool; use another prefix, or give --overwrite to replace it"
         )
@@ -165,12 +165,12 @@ def _check_counts(settings: Settings, counts: Counts) -> None:
             continue
         total = counts.documents.total()
         if total == 0:
-            raise PrepareError(
+            raise UserError(
                 f"no text is left of the inputs: skipped {dict(counts.skipped)}; "
                 f"--tokenizer {settings.tokenizer} needs UTF-8 text"
             )
         other = "larger" if split == VALID else "smaller"
-        raise PrepareError(
+        raise UserError(
             f"--validation-fraction {settings.validation_fraction} left none of {total} documents "
             f"for {'validation' if split == VALID else 'training'}: use a {other} fraction, a "
             f"smaller --max-document-bytes (now {settings.max_document_bytes}), or 0 for no "

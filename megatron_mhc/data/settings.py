@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from megatron_mhc.data.errors import PrepareError
+from megatron_mhc.errors import UserError
 
 BYTES = "bytes"
 """The tokenizer that needs no files: one token a byte."""
@@ -44,26 +44,26 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises PrepareError for a value that no run could use."""
+        """Raises UserError for a value that no run could use."""
         if not os.path.basename(self.output_prefix) or os.path.isdir(self.output_prefix):
-            raise PrepareError(
+            raise UserError(
                 f"--output-prefix {self.output_prefix!r} is a folder: "
                 "give the files' common name in it too, as in data/corpus"
             )
         if not self.inputs and not self.stdlib:
-            raise PrepareError("nothing to read: name text files or folders, or give --stdlib")
+            raise UserError("nothing to read: name text files or folders, or give --stdlib")
         if not 0 <= self.validation_fraction < 1:
-            raise PrepareError(
+            raise UserError(
                 f"--validation-fraction {self.validation_fraction}: must be 0 or more, below 1"
             )
         if not 16 <= self.max_document_bytes <= LARGEST_DOCUMENT:
-            raise PrepareError(
+            raise UserError(
                 f"--max-document-bytes {self.max_document_bytes}: must be 16 to {LARGEST_DOCUMENT}"
             )
         if self.chunk_bytes < 1:
-            raise PrepareError(f"--chunk-bytes {self.chunk_bytes}: must be 1 or more")
+            raise UserError(f"--chunk-bytes {self.chunk_bytes}: must be 1 or more")
         if self.min_bytes is not None and self.min_bytes < 1:
-            raise PrepareError(f"--min-bytes {self.min_bytes}: must be 1 or more")
+            raise UserError(f"--min-bytes {self.min_bytes}: must be 1 or more")
 
     @property
     def required_bytes(self) -> int:

@@ -74,7 +74,7 @@ def write_shard(
         advance: called with bytes of input as they are read.
 
     Raises:
-        PrepareError: a source changed since it was listed.
+        UserError: a source changed since it was listed.
     """
     counts = Counts()
     text_digest = hashlib.blake2b(digest_size=16)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from megatron_mhc.data.errors import PrepareError
+from megatron_mhc.errors import UserError
 
 BINARY_PROBE = 8 << 10
 """Bytes at the start of a file in which a NUL means that it is not text."""
@@ -41,16 +41,16 @@ class Source:
         return self.name.lower().endswith(JSONL_SUFFIXES)
 
     def open(self) -> BinaryIO:
-        """Raises PrepareError when the file has gone or cannot be read."""
+        """Raises UserError when the file has gone or cannot be read."""
         if not self.path:
             return io.BytesIO(self.text)
         try:
             return open(self.path, "rb")
         except OSError as error:
-            raise PrepareError(f"{self.path}: cannot be read any more ({error.strerror})") from None
+            raise UserError(f"{self.path}: cannot be read any more ({error.strerror})") from None
 
     def check_unchanged(self) -> None:
-        """Raises PrepareError when the file is not the one that was listed."""
+        """Raises UserError when the file is not the one that was listed."""
         if not self.path:
             return
         try:
@@ -58,7 +58,7 @@ class Source:
         except OSError:
             unchanged = False
         if not unchanged:
-            raise PrepareError(
+            raise UserError(
                 f"{self.path}: changed while it was being read; give --overwrite to start again"
             )
 
@@ -98,7 +98,7 @@ def find_sources(inputs: Iterable[str], is_output: Callable[[str], bool]) -> Fou
         is_output: true for a path this run writes, which is left out.
 
     Raises:
-        PrepareError: an input is missing, unreadable or neither file nor folder.
+        UserError: an input is missing, unreadable or neither file nor folder.
     """
     found = Found()
     seen: set[tuple[int, int]] = set()
@@ -111,7 +111,7 @@ def find_sources(inputs: Iterable[str], is_output: Callable[[str], bool]) -> Fou
             add_file(found, seen, given, os.path.basename(given))
         else:
             why = "not readable" if os.path.exists(given) else "no such file or folder"
-            raise PrepareError(f"input {given!r}: {why}; give text files or folders of them")
+            raise UserError(f"input {given!r}: {why}; give text files or folders of them")
     return found
 
 
@@ -121,7 +121,7 @@ def walk(folder: str) -> Iterator[str]:
     Follows links to folders, but enters no folder twice, so a loop of links ends.
 
     Raises:
-        PrepareError: a folder cannot be listed.
+        UserError: a folder cannot be listed.
     """
     entered: set[tuple[int, int]] = set()
     for where, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
@@ -165,7 +165,7 @@ def add_file(found: Found, seen: set[tuple[int, int]], path: str, name: str) -> 
 
 
 def _refuse(error: OSError) -> None:
-    raise PrepareError(f"input folder {error.filename}: cannot be listed ({error.strerror})")
+    raise UserError(f"input folder {error.filename}: cannot be listed ({error.strerror})")
 
 
 def _stamp(status: os.stat_result) -> str:

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy
 
-from megatron_mhc.data.errors import PrepareError
 from megatron_mhc.data.settings import BYTES
+from megatron_mhc.errors import UserError
 
 TOKENIZER_FILES = (".json", ".model", ".txt", ".jinja")
 
@@ -56,7 +56,7 @@ class HuggingFaceTokenizer:
     kind = "huggingface"
 
     def __init__(self, folder: str) -> None:
-        """Raises PrepareError when the folder holds no usable tokenizer."""
+        """Raises UserError when the folder holds no usable tokenizer."""
         names = sorted(name for name in os.listdir(folder) if name.endswith(TOKENIZER_FILES))
         try:
             from transformers import AutoTokenizer
@@ -66,7 +66,7 @@ class HuggingFaceTokenizer:
             )
         # The library raises whatever its parsers raise.
         except Exception as error:
-            raise PrepareError(
+            raise UserError(
                 f"--tokenizer {folder}: no Hugging Face tokenizer could be loaded "
                 f"({_first_line(error)}); give a folder that save_pretrained wrote, "
                 "with tokenizer.json and tokenizer_config.json"
@@ -76,7 +76,7 @@ class HuggingFaceTokenizer:
         end = self._tokenizer.sep_token_id if end is None else end
         self.vocab_size = len(self._tokenizer)
         if end is None:
-            raise PrepareError(
+            raise UserError(
                 f"--tokenizer {folder}: it has no end-of-sequence token to end documents with; "
                 "set eos_token in its tokenizer_config.json"
             )
@@ -111,20 +111,20 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
 
     def __init__(self, path: str) -> None:
-        """Raises PrepareError when the file is no usable model."""
+        """Raises UserError when the file is no usable model."""
         try:
             from sentencepiece import SentencePieceProcessor
 
             self._processor = SentencePieceProcessor(model_file=path)
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise PrepareError(
+            raise UserError(
                 f"--tokenizer {path}: no SentencePiece model could be loaded "
                 f"({_first_line(error)}); give the .model file of the SentencePiece trainer"
             ) from error
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._processor.eos_id()
         if self.eod_id < 0:
-            raise PrepareError(
+            raise UserError(
                 f"--tokenizer {path}: it has no end-of-sequence token to end documents with; "
                 "train the model with an eos_id of 0 or more"
             )
@@ -141,7 +141,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that ``--tokenizer`` names.
 
     Raises:
-        PrepareError: there is no such file or folder, or it cannot be loaded.
+        UserError: there is no such file or folder, or it cannot be loaded.
     """
     if name == BYTES:
         return ByteTokenizer()
@@ -149,7 +149,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         return HuggingFaceTokenizer(name)
     if os.path.isfile(name):
         return SentencePieceTokenizer(name)
-    raise PrepareError(
+    raise UserError(
         f"--tokenizer {name}: no such file or folder; give {BYTES!r}, a Hugging Face "
         "tokenizer folder or a SentencePiece .model file (nothing is downloaded)"
     )
