@@ -20,7 +20,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): setup.py constraints.txt tools/find_python.sh
-	PYTHON=$$(sh tools/find_python.sh) && $$PYTHON -m venv $(VENV)
+	python=$$(sh tools/find_python.sh) && $$python -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 

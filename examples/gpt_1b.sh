@@ -19,6 +19,7 @@ FLAGS=(
     --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 500
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0
     --hidden-dropout 0 --attention-dropout 0
+    --no-gradient-accumulation-fusion # needs Apex: leave this out where it is installed
     --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
     --train-data-path "${DATA}_train" --valid-data-path "${DATA}_valid"
     --no-create-attention-mask-in-dataloader

@@ -54,6 +54,9 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
         _above("pipeline_model_parallel_size", 1),
         "use 1; tensor and data parallelism work",
     ),
+    Incompatibility(
+        "--context-parallel-size", _above("context_parallel_size", 1), "use 1, until it is tested"
+    ),
     Incompatibility("--mtp-num-layers", _set("mtp_num_layers"), _LEAVE_OUT),
     Incompatibility("--fp32-residual-connection", _set("fp32_residual_connection"), _LEAVE_OUT),
     Incompatibility("--cuda-graph-impl", _other_than("cuda_graph_impl", None, "none"), "use none"),

@@ -137,9 +137,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=2816)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--ffn", type=int, default=4096)
     args = parser.parse_args()
     if args.steps <= WARM_UP:
         raise UserError(f"--steps {args.steps}: more than {WARM_UP} are needed for a step time")

@@ -64,6 +64,7 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             "--mhc --pipeline-model-parallel-size 2",
             r"--pipeline-model-parallel-size 2: does not work with --mhc yet; use 1",
         ),
+        ("--mhc --context-parallel-size 2", r"--context-parallel-size 2: .* use 1, until"),
         ("--mhc --mtp-num-layers 1", r"--mtp-num-layers 1: does not work with --mhc yet"),
         ("--mhc --fp32-residual-connection", r"--fp32-residual-connection: does not work"),
         ("--mhc --cuda-graph-impl local", r"--cuda-graph-impl local: .*; use none"),

@@ -80,3 +80,26 @@ def test_unknown_names_are_refused():
 
     with pytest.raises(AttributeError, match="no attribute 'Hyper'"):
         _ = megatron_mhc.Hyper
+
+
+def test_find_python_says_how_to_get_one(tmp_path):
+    def find(**environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["/bin/sh", ROOT / "tools" / "find_python.sh"],
+            env={"PATH": str(tmp_path), "PYENV_ROOT": str(tmp_path), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    nothing = find()
+    assert nothing.returncode == 1
+    assert "No Python >= 3.12" in nothing.stderr
+    assert "pyenv install 3.12" in nothing.stderr
+    assert find(PYTHON=sys.executable).stdout.strip() == sys.executable
+
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")  # an old one
+    (tmp_path / "python3").chmod(0o755)
+    pyenv = tmp_path / "versions" / "3.12.9" / "bin"
+    pyenv.mkdir(parents=True)
+    (pyenv / "python").symlink_to(sys.executable)
+    assert find().stdout.strip() == str(pyenv / "python")
