@@ -1,13 +1,13 @@
 """mHC operators on residual streams x [..., n, C]; the equations are in :mod:`.reference`.
 
 Every function is differentiable in every tensor argument and takes
-``backend="auto" | "triton" | "torch"`` (:mod:`.dispatch`). This package needs torch only.
+``backend="auto" | "triton" | "torch"`` (:mod:`.dispatch`). This package needs torch, and triton for its kernels.
 """
 
 from torch import Tensor
 
 from . import reference
-from .dispatch import BACKENDS, choose_backend
+from .dispatch import BACKENDS, check_backend, choose_backend
 from .reference import RESIDUAL_MIXINGS
 from .validation import (
     check_eps,
@@ -35,6 +35,13 @@ __all__ = [
 ]
 
 
+def _triton():
+    """The operators, imported when first needed: torch alone suffices without a GPU."""
+    from . import ops
+
+    return ops
+
+
 def sinkhorn(
     logits: Tensor, iterations: int = 20, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
@@ -46,7 +53,8 @@ def sinkhorn(
         ValueError: a wrong shape, dtype, iterations < 1 or eps outside [0, 1).
     """
     check_sinkhorn(logits, iterations, eps)
-    choose_backend(backend)
+    if choose_backend(backend, (logits,), logits.shape[-1]) == "triton":
+        return _triton().sinkhorn(logits, iterations, eps)
     return reference.sinkhorn(logits, iterations, eps)
 
 
@@ -78,7 +86,9 @@ def mhc_mappings(
         ValueError: a wrong shape, dtype, mixing, iterations < 1 or an eps outside [0, 1).
     """
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
-    choose_backend(backend)
+    if backend == "triton":
+        raise RuntimeError("backend='triton': mappings alone have no kernel; use mhc_pre")
+    check_backend(backend)
     return reference.mhc_mappings(
         x,
         fn,
@@ -115,7 +125,8 @@ def mhc_pre(
         ValueError: as :func:`mhc_mappings`.
     """
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
-    choose_backend(backend)
+    if choose_backend(backend, (x, fn, scale, base), x.shape[-2], residual_mixing) == "triton":
+        return _triton().pre(x, fn, scale, base, iterations, eps, norm_eps)
     return reference.mhc_pre(
         x,
         fn,
@@ -138,7 +149,8 @@ def mhc_post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor, *, backend: str =
         ValueError: shapes that do not belong together.
     """
     check_merge(x, f, post, comb)
-    choose_backend(backend)
+    if choose_backend(backend, (x, f, post, comb), x.shape[-2]) == "triton":
+        return _triton().post(x, f, post, comb)
     return reference.mhc_post(x, f, post, comb)
 
 
@@ -167,7 +179,9 @@ def mhc_post_pre(
     """
     check_merge(x, f, post, comb)
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
-    choose_backend(backend)
+    tensors = (x, f, post, comb, fn, scale, base)
+    if choose_backend(backend, tensors, x.shape[-2], residual_mixing) == "triton":
+        return _triton().post_pre(*tensors, iterations, eps, norm_eps)
     return reference.mhc_post_pre(
         x,
         f,
@@ -204,7 +218,8 @@ def mhc_head(
     check_streams(x)
     check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
     check_eps(eps=eps, norm_eps=norm_eps)
-    choose_backend(backend)
+    if choose_backend(backend, (x, fn, scale, base), x.shape[-2]) == "triton":
+        return _triton().head(x, fn, scale, base, eps, norm_eps)
     return reference.mhc_head(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
 
 
@@ -216,5 +231,6 @@ def mhc_expand(h: Tensor, n: int, *, backend: str = "auto") -> Tensor:
     """
     if n < 1:
         raise ValueError(f"n={n}: at least 1 stream is needed")
-    choose_backend(backend)
+    if choose_backend(backend, (h,), n) == "triton":
+        return _triton().expand(h, n)
     return reference.mhc_expand(h, n)

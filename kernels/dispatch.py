@@ -1,17 +1,68 @@
 """Which implementation serves a call: ``backend="auto" | "triton" | "torch"``."""
 
+import importlib.util
 import logging
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "torch")
+TRITON_STREAMS = (2, 4, 8)
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_NO_TRITON = "this version has no Triton kernels yet"
 _said: set[str] = set()
 
 
-def choose_backend(backend: str) -> str:
-    """The implementation that serves ``backend``, in words: "torch".
+@lru_cache
+def _device_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run on ``device``, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor} is less than 8.0"
+    return None
+
+
+def triton_problem(
+    tensors: tuple[Tensor, ...], n: int, residual_mixing: str = "sinkhorn"
+) -> str | None:
+    """Why the Triton kernels cannot serve a call, in one line, or None.
+
+    Args:
+        tensors: the call's; the streams (or what stands for them) first, and everything but
+            streams and sublayer output in float32. n: number of streams.
+    """
+    if residual_mixing != "sinkhorn":
+        return f"residual_mixing={residual_mixing!r} has no kernel"
+    if n not in TRITON_STREAMS:
+        return f"n={n} is not one of {', '.join(map(str, TRITON_STREAMS))}"
+    if tensors[0].shape[-1] % 8 and tensors[0].shape[-1] != n:
+        return f"C={tensors[0].shape[-1]} is not a multiple of 8"
+    for tensor in tensors:
+        if tensor.dtype not in TRITON_DTYPES:
+            return f"{tensor.dtype} has no kernel"
+    return _device_problem(tensors[0].device)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless ``backend`` is one of ``BACKENDS``."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+
+
+def choose_backend(
+    backend: str, tensors: tuple[Tensor, ...], n: int, residual_mixing: str = "sinkhorn"
+) -> str:
+    """The implementation that serves the call, in words: "triton" or "torch".
 
     "auto" says once, in one line, why it did not take Triton; "triton" never falls back.
 
@@ -19,11 +70,19 @@ def choose_backend(backend: str) -> str:
         ValueError: backend is none of ``BACKENDS``.
         RuntimeError: backend is "triton" and Triton cannot serve the call.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+    check_backend(backend)
+    if backend == "torch":
+        return "torch"
+    problem = triton_problem(tensors, n, residual_mixing)
+    if problem is None:
+        # The interpreter is for tests that ask for it: nobody wants it chosen for them.
+        if backend == "auto" and tensors[0].device.type != "cuda":
+            problem = f"the tensors are on {tensors[0].device.type}"
+        else:
+            return "triton"
     if backend == "triton":
-        raise RuntimeError(f"backend='triton': {_NO_TRITON}; use backend='auto' or 'torch'")
-    if backend == "auto" and _NO_TRITON not in _said:
-        _said.add(_NO_TRITON)
-        logger.warning("mHC kernels: PyTorch is in use, not Triton (%s)", _NO_TRITON)
+        raise RuntimeError(f"backend='triton': {problem}; use backend='auto' or 'torch'")
+    if problem not in _said:
+        _said.add(problem)
+        logger.warning("mHC kernels: PyTorch is in use, not Triton (%s)", problem)
     return "torch"

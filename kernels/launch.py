@@ -1,0 +1,337 @@
+"""Grids, block sizes and scratch memory of the mHC kernels; tensors here are [T, ...], contiguous.
+
+Block sizes are a fixed table, not a search: every rank chooses the same, and a new shape costs one
+compilation. Token counts are plain run-time arguments, so a new one costs none.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from .aggregate_backward_kernel import aggregate_backward_kernel
+from .aggregate_kernel import aggregate_kernel
+from .mapping_backward_kernel import mapping_backward_kernel
+from .merge_map_kernel import merge_map_kernel
+from .reduce_kernel import reduce_kernel, reduce_mapping_kernel, reduce_merge_kernel
+from .split_weight_kernel import split_weight_kernel
+from .streams_backward_kernel import streams_backward_kernel
+
+# One entry a kernel: block sizes, warps and pipeline stages for n <= 4, as measured
+# (docs/kernels.md). n = 8 keeps four times the products per token and takes smaller blocks.
+CONFIGS = {
+    "merge": dict(BLOCK_T=8, BLOCK_C=256, STAGES=1, num_warps=4),
+    "map": dict(BLOCK_T=64, BLOCK_C=64, STAGES=2, num_warps=8),
+    "aggregate": dict(BLOCK_M=8, BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
+    "aggregate_backward": dict(BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
+    "mapping_backward": dict(BLOCK=8, num_warps=1),
+    "streams": dict(BLOCK_T=16, BLOCK_C=64, STAGES=1, num_warps=4),
+    "post_streams": dict(BLOCK_T=8, BLOCK_C=128, STAGES=1, num_warps=4),
+}
+WIDE_CONFIGS = {
+    "merge": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
+    "map": dict(BLOCK_T=64, BLOCK_C=32, STAGES=1, num_warps=8),
+    "streams": dict(BLOCK_T=16, BLOCK_C=32, STAGES=1, num_warps=8),
+    "post_streams": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
+}
+# Blocks of streams_backward_kernel that one multiprocessor holds.
+STREAMS_RESIDENT = 2
+
+
+def config(name: str, n: int) -> dict:
+    """Block sizes of kernel ``name`` for n streams."""
+    return WIDE_CONFIGS[name] if n > 4 and name in WIDE_CONFIGS else CONFIGS[name]
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of ``device``; the interpreter on a CPU stands for a small one."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def padded_rows(count: int) -> int:
+    """Rows of fn as the matrix units take them."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def split_weight(fn: Tensor, dtype: torch.dtype) -> Tensor:
+    """fn [count, K] as planes for streams of ``dtype``: bf16 hi and lo, else one of float32."""
+    count, width = fn.shape
+    rows = padded_rows(count)
+    planes = 2 if dtype == torch.bfloat16 else 1
+    out = torch.empty(
+        (planes * rows, width),
+        dtype=torch.bfloat16 if planes == 2 else torch.float32,
+        device=fn.device,
+    )
+    block = 1024
+    split_weight_kernel[(rows, triton.cdiv(width, block))](
+        fn, out, K=width, COUNT=count, ROWS=rows, PLANES=planes, BLOCK=block
+    )
+    return out
+
+
+def forward(
+    x: Tensor,
+    merge: tuple[Tensor, Tensor, Tensor] | None,
+    mapping: tuple[Tensor, Tensor, Tensor] | None,
+    iterations: int = 1,
+    eps: float = 0.0,
+    norm_eps: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """x [T, n, C], merged with (f, post, comb) if given, then mapped with (fn, scale, base).
+
+    Returns:
+        (x_next,) with a merge, then (u, post, comb, m, r) with a mapping; post and comb are empty
+        for the head, whose fn has n rows.
+    """
+    tokens, n, channels = x.shape
+    f, post, comb = merge or (None, None, None)
+    fn, scale, base = mapping or (None, None, None)
+    x_next = torch.empty_like(x) if merge else None
+    products = squares = planes = None
+    rows, splits = 16, 1
+    options = config("map" if mapping else "merge", n)
+    tiles = triton.cdiv(tokens, options["BLOCK_T"])
+    steps = triton.cdiv(channels, options["BLOCK_C"])
+    if mapping:
+        rows = padded_rows(fn.shape[0])
+        planes = split_weight(fn, x.dtype)
+    # Enough programs to fill the machine twice, whatever the token count.
+    splits = min(steps, max(1, triton.cdiv(4 * multiprocessors(x.device), max(tiles, 1))))
+    split_channels = triton.cdiv(steps, splits) * options["BLOCK_C"]
+    splits = triton.cdiv(channels, split_channels)
+    if mapping:
+        products = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
+        squares = torch.empty((splits, tokens), dtype=torch.float32, device=x.device)
+    if tokens:
+        merge_map_kernel[(tiles, splits)](
+            x,
+            f,
+            post,
+            comb,
+            planes,
+            x_next,
+            products,
+            squares,
+            tokens,
+            split_channels,
+            N=n,
+            C=channels,
+            ROWS=rows,
+            PLANES=planes.shape[0] // rows if mapping else 1,
+            MERGE=merge is not None,
+            MAP=mapping is not None,
+            PRECISION="tf32x3",
+            **options,
+        )
+    if not mapping:
+        return (x_next,)
+
+    head = fn.shape[0] == n
+    u = x.new_empty((tokens, channels))
+    m = torch.empty((tokens, fn.shape[0]), dtype=torch.float32, device=x.device)
+    r = torch.empty((tokens,), dtype=torch.float32, device=x.device)
+    kept = 0 if head else tokens
+    post_next = torch.empty((kept, n), dtype=torch.float32, device=x.device)
+    comb_next = torch.empty((kept, n, n), dtype=torch.float32, device=x.device)
+    options = config("aggregate", n)
+    map_programs = triton.cdiv(tokens, options["BLOCK_M"])
+    if tokens:
+        aggregate_kernel[(map_programs + triton.cdiv(tokens, options["BLOCK_T"]),)](
+            x_next if merge else x,
+            products,
+            squares,
+            scale,
+            base,
+            u,
+            m,
+            r,
+            post_next,
+            comb_next,
+            tokens,
+            splits,
+            map_programs,
+            eps,
+            norm_eps,
+            N=n,
+            C=channels,
+            ROWS=rows,
+            HEAD=head,
+            ITERATIONS=iterations,
+            **options,
+        )
+    outputs = (u, post_next, comb_next, m, r)
+    return (x_next, *outputs) if merge else outputs
+
+
+def mapping_backward(
+    x: Tensor,
+    mapping: tuple[Tensor, Tensor, Tensor],
+    saved: tuple[Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None, Tensor | None],
+    iterations: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """From the mapped streams x [T, n, C], saved (m, r) and the gradients of (u, post, comb):
+
+    Returns:
+        dz [T, count], coefficient [T], pre [T, n] for :func:`streams_backward`; dscale, dbase.
+    """
+    tokens, n, channels = x.shape
+    fn, scale, base = mapping
+    m, r = saved
+    du, dpost, dcomb = grads
+    count = fn.shape[0]
+    head = count == n
+    empty = dict(dtype=torch.float32, device=x.device)
+    dpre = torch.empty((tokens, n), **empty)
+    dz = torch.empty((tokens, count), **empty)
+    coefficient = torch.empty((tokens,), **empty)
+    pre = torch.empty((tokens, n), **empty)
+    options = config("mapping_backward", n)
+    programs = triton.cdiv(tokens, options["BLOCK"])
+    partial = torch.empty((programs, 2, count), **empty)
+    dscale, dbase = torch.empty_like(scale), torch.empty_like(base)
+    if tokens:
+        walk = config("aggregate_backward", n)
+        aggregate_backward_kernel[(triton.cdiv(tokens, walk["BLOCK_T"]),)](
+            x, du, dpre, tokens, N=n, C=channels, **walk
+        )
+        mapping_backward_kernel[(programs,)](
+            m,
+            r,
+            scale,
+            base,
+            dpre,
+            dpost,
+            dcomb,
+            dz,
+            coefficient,
+            pre,
+            partial,
+            tokens,
+            eps,
+            N=n,
+            C=channels,
+            HEAD=head,
+            ITERATIONS=iterations,
+            **options,
+        )
+    reduce_mapping_kernel[(1,)](
+        partial,
+        dscale,
+        dbase,
+        programs,
+        N=n,
+        COUNT=count,
+        SEGMENTS=1 if head else 3,
+        COLUMNS=triton.next_power_of_2(count),
+        BLOCK=64,
+    )
+    return dz, coefficient, pre, dscale, dbase
+
+
+def token_ranges(tokens: int, chunks: int, block: int, device: torch.device) -> tuple[int, int]:
+    """How many ranges the tokens are cut into, and tokens a range (a multiple of ``block``).
+
+    The count whose last wave of blocks wastes least; fewer ranges on a tie, since each writes a
+    partial gradient of fn.
+    """
+    slots = STREAMS_RESIDENT * multiprocessors(device)
+    blocks = triton.cdiv(tokens, block)
+    best = max(
+        range(1, min(blocks, 16) + 1),
+        key=lambda ranges: (
+            ranges * chunks / (triton.cdiv(ranges * chunks, slots) * slots) - 0.005 * ranges
+        ),
+    )
+    size = triton.cdiv(blocks, best) * block
+    return triton.cdiv(tokens, size), size
+
+
+def streams_backward(
+    x: Tensor,
+    merge: tuple[Tensor, Tensor, Tensor] | None,
+    fn: Tensor | None,
+    mapped: tuple[Tensor, Tensor, Tensor] | None,
+    dx_next: Tensor | None,
+    du: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients (dx, df, dpost, dcomb, dfn); those without a part in the call are None.
+
+    Args:
+        x: [T, n, C] before the merge. merge: f, post and comb, or None.
+        fn, mapped: the weight and (dz, coefficient, pre) of the mapping after it, or None.
+        dx_next: gradient of the merged streams, or None. du: gradient of u.
+    """
+    tokens, n, channels = x.shape
+    f, post, comb = merge or (None, None, None)
+    dz, coefficient, pre = mapped or (None, None, None)
+    count = fn.shape[0] if mapped else 1
+    options = config("streams" if mapped else "post_streams", n)
+    chunks = triton.cdiv(channels, options["BLOCK_C"])
+    ranges, size = 1, 0
+    empty = dict(dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x)
+    df = dpost = dcomb = dfn = dmerge = partial = None
+    if merge:
+        df, dpost, dcomb = torch.empty_like(f), torch.empty_like(post), torch.empty_like(comb)
+        dmerge = torch.empty((chunks, n + n * n, tokens), **empty)
+    if tokens:
+        ranges, size = token_ranges(tokens, chunks, options["BLOCK_T"], x.device)
+    if mapped:
+        shape = (ranges, *fn.shape)
+        partial = torch.empty(shape, **empty) if tokens else torch.zeros(shape, **empty)
+    if tokens:
+        streams_backward_kernel[(chunks, ranges)](
+            x,
+            f,
+            post,
+            comb,
+            fn,
+            dx_next,
+            du,
+            dz,
+            coefficient,
+            pre,
+            dx,
+            df,
+            dmerge,
+            partial,
+            tokens,
+            size,
+            N=n,
+            C=channels,
+            COUNT=count,
+            ROWS=padded_rows(count),
+            MERGE=merge is not None,
+            MAP=mapped is not None,
+            HAS_DX=dx_next is not None,
+            PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
+            **options,
+        )
+    if merge and tokens:
+        block = 64
+        reduce_merge_kernel[(triton.cdiv(tokens, block),)](
+            dmerge,
+            dpost,
+            dcomb,
+            tokens,
+            chunks,
+            N=n,
+            COLUMNS=triton.next_power_of_2(n + n * n),
+            BLOCK=block,
+        )
+    if mapped:
+        dfn = partial[0]
+        if ranges > 1:
+            dfn = torch.empty_like(fn)
+            block = 1024
+            reduce_kernel[(triton.cdiv(fn.numel(), block),)](
+                partial, dfn, ranges, fn.numel(), BLOCK=block
+            )
+    return dx, df, dpost, dcomb, dfn

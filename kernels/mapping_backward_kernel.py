@@ -1,0 +1,86 @@
+"""Backward of the mappings: from the gradients of pre, post and comb to that of fn @ vec(X)."""
+
+import triton
+import triton.language as tl
+
+from .sinkhorn_kernel import sinkhorn_backward
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def mapping_backward_kernel(
+    m_ptr,
+    r_ptr,
+    scale_ptr,
+    base_ptr,
+    dpre_ptr,
+    dpost_ptr,
+    dcomb_ptr,
+    dz_ptr,
+    coefficient_ptr,
+    pre_ptr,
+    partial_ptr,
+    tokens,
+    eps,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    ITERATIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens. With L = m * scale + base and count mappings a token:
+
+        dz = r * dm [T, count]                         gradient of fn @ vec(X)
+        coefficient = -r^2 / (nC) * sum(dm * m) [T]    of X, from r
+        pre [T, N]                                     as in the forward
+        partial [programs, 2, count]                   sums of dL and of dL * m over the tokens
+    """
+    count: tl.constexpr = N if HEAD else (2 + N) * N
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = rows < tokens
+    i = tl.arange(0, N)
+    partial = partial_ptr + tl.program_id(0) * (2 * count)
+
+    mask = valid[:, None]
+    r = tl.load(r_ptr + rows, mask=valid, other=0.0)
+    at = rows[:, None] * count + i[None, :]
+    m = tl.load(m_ptr + at, mask=mask, other=0.0)
+    scale = tl.load(scale_ptr)
+    gate = tl.sigmoid(m * scale + tl.load(base_ptr + i)[None, :])
+    small = rows[:, None] * N + i[None, :]
+    tl.store(pre_ptr + small, gate + eps, mask=mask)
+    dl = tl.load(dpre_ptr + small, mask=mask, other=0.0) * gate * (1 - gate)
+    dm = dl * scale
+    tl.store(dz_ptr + at, r[:, None] * dm, mask=mask)
+    tl.store(partial + i, tl.sum(dl, 0))
+    tl.store(partial + count + i, tl.sum(dl * m, 0))
+    radial = tl.sum(dm * m, 1)
+
+    if not HEAD:
+        m = tl.load(m_ptr + at + N, mask=mask, other=0.0)
+        scale = tl.load(scale_ptr + 1)
+        gate = tl.sigmoid(m * scale + tl.load(base_ptr + N + i)[None, :])
+        dl = tl.load(dpost_ptr + small, mask=mask, other=0.0) * 2 * gate * (1 - gate)
+        dm = dl * scale
+        tl.store(dz_ptr + at + N, r[:, None] * dm, mask=mask)
+        tl.store(partial + N + i, tl.sum(dl, 0))
+        tl.store(partial + count + N + i, tl.sum(dl * m, 0))
+        radial += tl.sum(dm * m, 1)
+
+        ij = i[None, :, None] * N + i[None, None, :]
+        at = rows[:, None, None] * count + 2 * N + ij
+        mask = valid[:, None, None]
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+        scale = tl.load(scale_ptr + 2)
+        grad = tl.load(
+            dcomb_ptr + rows[:, None, None] * (N * N) + ij, mask=mask, other=0.0
+        )
+        logits = m * scale + tl.load(base_ptr + 2 * N + ij)
+        dl = sinkhorn_backward(logits, grad, eps, ITERATIONS)
+        dm = dl * scale
+        tl.store(dz_ptr + at, r[:, None, None] * dm, mask=mask)
+        ij = i[:, None] * N + i[None, :]
+        tl.store(partial + 2 * N + ij, tl.sum(dl, 0))
+        tl.store(partial + count + 2 * N + ij, tl.sum(dl * m, 0))
+        radial += tl.sum(tl.sum(dm * m, 2), 1)
+
+    tl.store(coefficient_ptr + rows, -r * r * radial / (N * C), mask=valid)

@@ -1,0 +1,118 @@
+"""Merge of the streams and mapping products in one pass over X (forward of post, pre, post_pre)."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_scalars(pointer, rows, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT per-token numbers of pointer [tokens, STRIDE] as a tuple of [BLOCK_T] vectors."""
+    values = ()
+    for j in tl.static_range(COUNT):
+        values = values + (tl.load(pointer + rows * STRIDE + j),)
+    return values
+
+
+@triton.jit
+def load_streams(pointer, offsets, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles [BLOCK_T, BLOCK_C] that lie STRIDE elements apart, as float32."""
+    tiles = ()
+    for j in tl.static_range(COUNT):
+        tile = tl.load(pointer + offsets + j * STRIDE, mask=mask, other=0.0)
+        tiles = tiles + (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def merge_stream(streams, f, post, comb, OUT: tl.constexpr, N: tl.constexpr):
+    """X'[o] = post[o] f + sum_i comb[i, o] X[i] in float32; the order of sums is fixed here."""
+    merged = post[OUT][:, None] * f
+    for i in tl.static_range(N):
+        merged += comb[i * N + OUT][:, None] * streams[i]
+    return merged
+
+
+@triton.jit(do_not_specialize=["tokens", "split_channels"])
+def merge_map_kernel(
+    x_ptr,
+    f_ptr,
+    post_ptr,
+    comb_ptr,
+    planes_ptr,
+    x_next_ptr,
+    products_ptr,
+    squares_ptr,
+    tokens,
+    split_channels,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLANES: tl.constexpr,
+    MERGE: tl.constexpr,
+    MAP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """X' and, of X' (or of X without MERGE), the partial products with fn and the sum of squares.
+
+    x [T, N, C], f [T, C], post [T, N], comb [T, N, N]; planes [PLANES * ROWS, N * C] is fn split
+    by :mod:`.split_weight_kernel`. Writes x_next [T, N, C], products [splits, T, ROWS] and squares
+    [splits, T]; program (t, s) owns BLOCK_T tokens and split s of the channels.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    valid = rows < tokens
+    # Loads clamp to the last token instead of masking: only stores need the mask.
+    last = tl.zeros_like(rows) + tokens - 1
+    rows = tl.minimum(rows, last)
+    split = tl.program_id(1)
+    start = split * split_channels
+    stop = tl.minimum(start + split_channels, C)
+    columns = tl.arange(0, BLOCK_C)
+    plane = tl.arange(0, PLANES * ROWS)
+    if MERGE:
+        post = load_scalars(post_ptr, rows, N, N)
+        comb = load_scalars(comb_ptr, rows, N * N, N * N)
+    if MAP:
+        products = tl.zeros((BLOCK_T, PLANES * ROWS), tl.float32)
+        squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+
+    for c in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
+        channel = c + columns
+        inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
+        offsets = rows[:, None] * (N * C) + channel[None, :]
+        streams = load_streams(x_ptr, offsets, inside[None, :], C, N)
+        if MERGE:
+            f = tl.load(
+                f_ptr + rows[:, None] * C + channel[None, :], mask=inside[None, :], other=0.0
+            ).to(tl.float32)
+        for o in tl.static_range(N):
+            if MERGE:
+                merged = merge_stream(streams, f, post, comb, o, N)
+                stream = merged.to(x_next_ptr.dtype.element_ty)
+                tl.store(
+                    x_next_ptr + offsets + o * C, stream, mask=valid[:, None] & inside[None, :]
+                )
+            else:
+                stream = streams[o].to(x_ptr.dtype.element_ty)
+            if MAP:
+                weight = tl.load(
+                    planes_ptr + plane[None, :] * (N * C) + o * C + channel[:, None],
+                    mask=inside[:, None],
+                    other=0.0,
+                )
+                wide = stream.to(tl.float32)
+                squares += wide * wide
+                if PLANES == 1:
+                    stream = wide
+                products = tl.dot(stream, weight, products, input_precision=PRECISION)
+
+    if MAP:
+        if PLANES == 2:
+            halves = tl.reshape(products, (BLOCK_T, 2, ROWS))
+            products = tl.sum(halves, 1)
+        row = tl.arange(0, ROWS)
+        at = split.to(tl.int64) * tokens + rows
+        tl.store(products_ptr + at[:, None] * ROWS + row[None, :], products, mask=valid[:, None])
+        tl.store(squares_ptr + at, tl.sum(squares, 1), mask=valid)

@@ -1,0 +1,364 @@
+"""The Triton kernels as torch.library operators: shapes for torch.compile and export, autograd.
+
+Operators work on contiguous [T, ...] tensors; the functions below flatten the caller's token
+dimensions and make what is not contiguous so. Every backward is an operator too.
+"""
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .expand_kernel import launch_expand
+from .sinkhorn_kernel import launch_sinkhorn
+
+Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _like(reference: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return reference.new_empty(shape, dtype=dtype or reference.dtype)
+
+
+def _mapping_outputs(x: Tensor, fn: Tensor) -> Tensors5:
+    """Empty u, post, comb, m and r for streams [T, n, C]."""
+    tokens, n, channels = x.shape
+    kept = 0 if fn.shape[0] == n else tokens
+    return (
+        _like(x, tokens, channels),
+        _like(fn, kept, n),
+        _like(fn, kept, n, n),
+        _like(fn, tokens, fn.shape[0]),
+        _like(fn, tokens),
+    )
+
+
+def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient as the kernels take it; autograd hands over None for an unused output."""
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
+
+
+# -- sinkhorn ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mhc::sinkhorn", mutates_args=())
+def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    return launch_sinkhorn(logits, None, iterations, eps)
+
+
+@torch.library.custom_op("mhc::sinkhorn_backward", mutates_args=())
+def _sinkhorn_backward(logits: Tensor, grad: Tensor, iterations: int, eps: float) -> Tensor:
+    return launch_sinkhorn(logits, grad, iterations, eps)
+
+
+@_sinkhorn.register_fake
+def _(logits, iterations, eps):
+    return torch.empty_like(logits)
+
+
+@_sinkhorn_backward.register_fake
+def _(logits, grad, iterations, eps):
+    return torch.empty_like(logits)
+
+
+def _save_sinkhorn(ctx, inputs, output):
+    logits, ctx.iterations, ctx.eps = inputs
+    ctx.save_for_backward(logits)
+
+
+def _sinkhorn_grad(ctx, grad):
+    (logits,) = ctx.saved_tensors
+    return _sinkhorn_backward(logits, grad.contiguous(), ctx.iterations, ctx.eps), None, None
+
+
+_sinkhorn.register_autograd(_sinkhorn_grad, setup_context=_save_sinkhorn)
+
+
+# -- expand ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mhc::expand", mutates_args=())
+def _expand(h: Tensor, n: int) -> Tensor:
+    return launch_expand(h, n, backward=False)
+
+
+@torch.library.custom_op("mhc::expand_backward", mutates_args=())
+def _expand_backward(grad: Tensor, n: int) -> Tensor:
+    return launch_expand(grad, n, backward=True)
+
+
+@_expand.register_fake
+def _(h, n):
+    return _like(h, h.shape[0], n, h.shape[1])
+
+
+@_expand_backward.register_fake
+def _(grad, n):
+    return _like(grad, grad.shape[0], grad.shape[2])
+
+
+def _save_expand(ctx, inputs, output):
+    ctx.n = inputs[1]
+
+
+_expand.register_autograd(
+    lambda ctx, grad: (_expand_backward(grad.contiguous(), ctx.n), None),
+    setup_context=_save_expand,
+)
+
+
+# -- post --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mhc::post", mutates_args=())
+def _post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    return launch.forward(x, (f, post, comb), None)[0]
+
+
+@torch.library.custom_op("mhc::post_backward", mutates_args=())
+def _post_backward(
+    x: Tensor, f: Tensor, post: Tensor, comb: Tensor, dx_next: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch.streams_backward(x, (f, post, comb), None, None, dx_next, None)[:4]
+
+
+@_post.register_fake
+def _(x, f, post, comb):
+    return torch.empty_like(x)
+
+
+@_post_backward.register_fake
+def _(x, f, post, comb, dx_next):
+    return tuple(torch.empty_like(tensor) for tensor in (x, f, post, comb))
+
+
+_post.register_autograd(
+    lambda ctx, grad: _post_backward(*ctx.saved_tensors, grad.contiguous()),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+# -- pre and head ------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mhc::pre", mutates_args=())
+def _pre(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> Tensors5:
+    return launch.forward(x, None, (fn, scale, base), iterations, eps, norm_eps)
+
+
+@torch.library.custom_op("mhc::pre_backward", mutates_args=())
+def _pre_backward(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    m: Tensor,
+    r: Tensor,
+    du: Tensor,
+    dpost: Tensor,
+    dcomb: Tensor,
+    iterations: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *mapped, dscale, dbase = launch.mapping_backward(
+        x, (fn, scale, base), (m, r), (du, dpost, dcomb), iterations, eps
+    )
+    dx, *_, dfn = launch.streams_backward(x, None, fn, tuple(mapped), None, du)
+    return dx, dfn, dscale, dbase
+
+
+@_pre.register_fake
+def _(x, fn, scale, base, iterations, eps, norm_eps):
+    return _mapping_outputs(x, fn)
+
+
+@_pre_backward.register_fake
+def _(x, fn, scale, base, m, r, du, dpost, dcomb, iterations, eps):
+    return tuple(torch.empty_like(tensor) for tensor in (x, fn, scale, base))
+
+
+def _save_pre(ctx, inputs, output):
+    *tensors, ctx.iterations, ctx.eps, _ = inputs
+    _, post, comb, m, r = output
+    ctx.mark_non_differentiable(m, r)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, m, r, post, comb)
+
+
+def _pre_grad(ctx, du, dpost, dcomb, _m, _r):
+    *saved, post, comb = ctx.saved_tensors
+    x = saved[0]
+    grads = _pre_backward(
+        *saved,
+        _dense(du, x[:, 0]),
+        _dense(dpost, post),
+        _dense(dcomb, comb),
+        ctx.iterations,
+        ctx.eps,
+    )
+    return *grads, None, None, None
+
+
+_pre.register_autograd(_pre_grad, setup_context=_save_pre)
+
+
+# -- post_pre ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mhc::post_pre", mutates_args=())
+def _post_pre(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return launch.forward(
+        x, (f, post, comb), (fn, scale, base), iterations, eps, norm_eps
+    )
+
+
+@torch.library.custom_op("mhc::post_pre_backward", mutates_args=())
+def _post_pre_backward(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    x_next: Tensor,
+    m: Tensor,
+    r: Tensor,
+    dx_next: Tensor | None,
+    du: Tensor,
+    dpost_next: Tensor,
+    dcomb_next: Tensor,
+    iterations: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *mapped, dscale, dbase = launch.mapping_backward(
+        x_next, (fn, scale, base), (m, r), (du, dpost_next, dcomb_next), iterations, eps
+    )
+    grads = launch.streams_backward(x, (f, post, comb), fn, tuple(mapped), dx_next, du)
+    return *grads, dscale, dbase
+
+
+@_post_pre.register_fake
+def _(x, f, post, comb, fn, scale, base, iterations, eps, norm_eps):
+    return torch.empty_like(x), *_mapping_outputs(x, fn)
+
+
+@_post_pre_backward.register_fake
+def _(x, f, post, comb, fn, scale, base, *_):
+    return tuple(torch.empty_like(tensor) for tensor in (x, f, post, comb, fn, scale, base))
+
+
+def _save_post_pre(ctx, inputs, output):
+    *tensors, ctx.iterations, ctx.eps, _ = inputs
+    x_next, _, post, comb, m, r = output
+    ctx.mark_non_differentiable(m, r)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, x_next, m, r, post, comb)
+
+
+def _post_pre_grad(ctx, dx_next, du, dpost, dcomb, _m, _r):
+    *saved, post, comb = ctx.saved_tensors
+    grads = _post_pre_backward(
+        *saved,
+        None if dx_next is None else dx_next.contiguous(),
+        _dense(du, saved[1]),
+        _dense(dpost, post),
+        _dense(dcomb, comb),
+        ctx.iterations,
+        ctx.eps,
+    )
+    return *grads, None, None, None
+
+
+_post_pre.register_autograd(_post_pre_grad, setup_context=_save_post_pre)
+
+
+# -- what the package calls --------------------------------------------------------------------
+
+
+def _tokens(tensor: Tensor, kept: int) -> Tensor:
+    """[..., last ``kept`` dimensions] as contiguous [T, ...]."""
+    shape = tensor.shape[tensor.dim() - kept :]
+    tokens = tensor.numel() // max(1, shape.numel())
+    return tensor.reshape(tokens, *shape).contiguous()
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """:func:`kernels.sinkhorn` by Triton."""
+    return _sinkhorn(_tokens(logits, 2), iterations, eps).view(logits.shape)
+
+
+def expand(h: Tensor, n: int) -> Tensor:
+    """:func:`kernels.mhc_expand` by Triton."""
+    return _expand(_tokens(h, 1), n).view(*h.shape[:-1], n, h.shape[-1])
+
+
+def post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """:func:`kernels.mhc_post` by Triton."""
+    return _post(_tokens(x, 2), _tokens(f, 1), _tokens(post, 1), _tokens(comb, 2)).view(x.shape)
+
+
+def _mapping(fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return fn.contiguous(), scale.contiguous(), base.contiguous()
+
+
+def pre(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`kernels.mhc_pre` by Triton."""
+    *tokens, n, channels = x.shape
+    u, post, comb, _, _ = _pre(
+        _tokens(x, 2), *_mapping(fn, scale, base), iterations, eps, norm_eps
+    )
+    return u.view(*tokens, channels), post.view(*tokens, n), comb.view(*tokens, n, n)
+
+
+def head(
+    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float
+) -> Tensor:
+    """:func:`kernels.mhc_head` by Triton."""
+    u = _pre(_tokens(x, 2), *_mapping(fn, scale, base), 1, eps, norm_eps)[0]
+    return u.view(*x.shape[:-2], x.shape[-1])
+
+
+def post_pre(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`kernels.mhc_post_pre` by Triton."""
+    x_next, u, post_next, comb_next, _, _ = _post_pre(
+        _tokens(x, 2),
+        _tokens(f, 1),
+        _tokens(post, 1),
+        _tokens(comb, 2),
+        *_mapping(fn, scale, base),
+        iterations,
+        eps,
+        norm_eps,
+    )
+    return x_next.view(x.shape), u.view(f.shape), post_next.view(post.shape), comb_next.view(comb.shape)

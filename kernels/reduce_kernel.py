@@ -1,0 +1,79 @@
+"""Fixed-order sums of per-block partial results: gradients without atomics."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["parts", "width"])
+def reduce_kernel(partial_ptr, out_ptr, parts, width, BLOCK: tl.constexpr):
+    """out[j] = sum_s partial[s, j], s ascending; partial [parts, width] float32."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    total = tl.load(partial_ptr + at, mask=mask, other=0.0)
+    for s in range(1, parts):
+        total += tl.load(partial_ptr + s * width.to(tl.int64) + at, mask=mask, other=0.0)
+    tl.store(out_ptr + at, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def reduce_merge_kernel(
+    partial_ptr,
+    dpost_ptr,
+    dcomb_ptr,
+    tokens,
+    chunks,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dpost [T, N] and dcomb [T, N, N] from partial [chunks, N + N * N, T], chunks ascending."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, COLUMNS)
+    valid = (rows < tokens)[:, None]
+    mask = valid & (column < N + N * N)[None, :]
+    at = column[None, :].to(tl.int64) * tokens + rows[:, None]
+    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for s in range(chunks):
+        skip = s * tokens.to(tl.int64) * (N + N * N)
+        total += tl.load(partial_ptr + skip + at, mask=mask, other=0.0)
+    tl.store(
+        dpost_ptr + rows[:, None] * N + column[None, :],
+        total,
+        mask=valid & (column < N)[None, :],
+    )
+    tl.store(
+        dcomb_ptr + rows[:, None] * (N * N) + column[None, :] - N,
+        total,
+        mask=mask & (column >= N)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["programs"])
+def reduce_mapping_kernel(
+    partial_ptr,
+    dscale_ptr,
+    dbase_ptr,
+    programs,
+    N: tl.constexpr,
+    COUNT: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dbase [COUNT] and dscale [SEGMENTS] from partial [programs, 2, COUNT]; one program."""
+    column = tl.arange(0, COLUMNS)
+    part = tl.arange(0, BLOCK)
+    bases = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    scales = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for first in range(0, programs, BLOCK):
+        at = (first + part)[:, None] * (2 * COUNT) + column[None, :]
+        mask = (first + part < programs)[:, None] & (column < COUNT)[None, :]
+        bases += tl.load(partial_ptr + at, mask=mask, other=0.0)
+        scales += tl.load(partial_ptr + at + COUNT, mask=mask, other=0.0)
+    tl.store(dbase_ptr + column, tl.sum(bases, 0), mask=column < COUNT)
+    scale = tl.sum(scales, 0)
+    for segment in tl.static_range(SEGMENTS):
+        low = segment * N
+        high = (segment + 1) * N if segment < 2 else COUNT
+        inside = (column >= low) & (column < high)
+        tl.store(dscale_ptr + segment, tl.sum(tl.where(inside, scale, 0.0), 0))
