@@ -14,7 +14,7 @@ from .aggregate_backward_kernel import aggregate_backward_kernel
 from .aggregate_kernel import aggregate_kernel
 from .mapping_backward_kernel import mapping_backward_kernel
 from .merge_map_kernel import merge_map_kernel
-from .reduce_kernel import reduce_kernel, reduce_mapping_kernel, reduce_merge_kernel
+from .reduce_kernel import reduce_kernel, reduce_mapping_kernel
 from .split_weight_kernel import split_weight_kernel
 from .streams_backward_kernel import streams_backward_kernel
 
@@ -22,11 +22,11 @@ from .streams_backward_kernel import streams_backward_kernel
 # (docs/kernels.md). n = 8 keeps four times the products per token and takes smaller blocks.
 CONFIGS = {
     "merge": dict(BLOCK_T=8, BLOCK_C=256, STAGES=1, num_warps=4),
-    "map": dict(BLOCK_T=64, BLOCK_C=64, STAGES=2, num_warps=8),
+    "map": dict(BLOCK_T=32, BLOCK_C=64, STAGES=2, num_warps=4),
     "aggregate": dict(BLOCK_M=8, BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
     "aggregate_backward": dict(BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
     "mapping_backward": dict(BLOCK=8, num_warps=1),
-    "streams": dict(BLOCK_T=16, BLOCK_C=64, STAGES=1, num_warps=4),
+    "streams": dict(BLOCK_T=32, BLOCK_C=64, STAGES=1, num_warps=8),
     "post_streams": dict(BLOCK_T=8, BLOCK_C=128, STAGES=1, num_warps=4),
 }
 WIDE_CONFIGS = {
@@ -36,7 +36,8 @@ WIDE_CONFIGS = {
     "post_streams": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
 }
 # Blocks of streams_backward_kernel that one multiprocessor holds.
-STREAMS_RESIDENT = 2
+STREAMS_RESIDENT = 1
+REDUCE_BLOCK = 512
 
 
 def config(name: str, n: int) -> dict:
@@ -102,8 +103,8 @@ def forward(
         planes = split_weight(fn, x.dtype)
     # Enough programs to fill the machine twice, whatever the token count.
     splits = min(steps, max(1, triton.cdiv(4 * multiprocessors(x.device), max(tiles, 1))))
-    split_channels = triton.cdiv(steps, splits) * options["BLOCK_C"]
-    splits = triton.cdiv(channels, split_channels)
+    split_steps = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, split_steps)
     if mapping:
         products = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
         squares = torch.empty((splits, tokens), dtype=torch.float32, device=x.device)
@@ -118,7 +119,7 @@ def forward(
             products,
             squares,
             tokens,
-            split_channels,
+            split_steps,
             N=n,
             C=channels,
             ROWS=rows,
@@ -179,7 +180,8 @@ def mapping_backward(
     """From the mapped streams x [T, n, C], saved (m, r) and the gradients of (u, post, comb):
 
     Returns:
-        dz [T, count], coefficient [T], pre [T, n] for :func:`streams_backward`; dscale, dbase.
+        dz [T, count], its bf16 planes, coefficient [T] and pre [T, n] for
+        :func:`streams_backward`; dscale, dbase.
     """
     tokens, n, channels = x.shape
     fn, scale, base = mapping
@@ -190,6 +192,8 @@ def mapping_backward(
     empty = dict(dtype=torch.float32, device=x.device)
     dpre = torch.empty((tokens, n), **empty)
     dz = torch.empty((tokens, count), **empty)
+    rows = padded_rows(count)
+    planes = torch.empty((tokens, 2 * rows), dtype=torch.bfloat16, device=x.device)
     coefficient = torch.empty((tokens,), **empty)
     pre = torch.empty((tokens, n), **empty)
     options = config("mapping_backward", n)
@@ -210,6 +214,7 @@ def mapping_backward(
             dpost,
             dcomb,
             dz,
+            planes,
             coefficient,
             pre,
             partial,
@@ -217,6 +222,7 @@ def mapping_backward(
             eps,
             N=n,
             C=channels,
+            ROWS=rows,
             HEAD=head,
             ITERATIONS=iterations,
             **options,
@@ -232,7 +238,7 @@ def mapping_backward(
         COLUMNS=triton.next_power_of_2(count),
         BLOCK=64,
     )
-    return dz, coefficient, pre, dscale, dbase
+    return dz, planes, coefficient, pre, dscale, dbase
 
 
 def token_ranges(tokens: int, chunks: int, block: int, device: torch.device) -> tuple[int, int]:
@@ -253,11 +259,23 @@ def token_ranges(tokens: int, chunks: int, block: int, device: torch.device) -> 
     return triton.cdiv(tokens, size), size
 
 
+def reduce(partial: Tensor) -> Tensor:
+    """Sum of float32 ``partial`` over its first dimension, in order."""
+    if partial.shape[0] == 1:
+        return partial[0]
+    out = torch.empty_like(partial[0])
+    if out.numel():
+        reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
+            partial, out, partial.shape[0], out.numel(), BLOCK=REDUCE_BLOCK
+        )
+    return out
+
+
 def streams_backward(
     x: Tensor,
     merge: tuple[Tensor, Tensor, Tensor] | None,
     fn: Tensor | None,
-    mapped: tuple[Tensor, Tensor, Tensor] | None,
+    mapped: tuple[Tensor, Tensor, Tensor, Tensor] | None,
     dx_next: Tensor | None,
     du: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -265,22 +283,23 @@ def streams_backward(
 
     Args:
         x: [T, n, C] before the merge. merge: f, post and comb, or None.
-        fn, mapped: the weight and (dz, coefficient, pre) of the mapping after it, or None.
+        fn, mapped: the weight and (dz, planes, coefficient, pre) of the mapping after it, or None.
         dx_next: gradient of the merged streams, or None. du: gradient of u.
     """
     tokens, n, channels = x.shape
     f, post, comb = merge or (None, None, None)
-    dz, coefficient, pre = mapped or (None, None, None)
+    dz, planes, coefficient, pre = mapped or (None, None, None, None)
     count = fn.shape[0] if mapped else 1
     options = config("streams" if mapped else "post_streams", n)
     chunks = triton.cdiv(channels, options["BLOCK_C"])
     ranges, size = 1, 0
     empty = dict(dtype=torch.float32, device=x.device)
     dx = torch.empty_like(x)
-    df = dpost = dcomb = dfn = dmerge = partial = None
+    df = dpost = dcomb = dfn = dposts = dcombs = partial = None
     if merge:
-        df, dpost, dcomb = torch.empty_like(f), torch.empty_like(post), torch.empty_like(comb)
-        dmerge = torch.empty((chunks, n + n * n, tokens), **empty)
+        df = torch.empty_like(f)
+        dposts = torch.empty((chunks, *post.shape), **empty)
+        dcombs = torch.empty((chunks, *comb.shape), **empty)
     if tokens:
         ranges, size = token_ranges(tokens, chunks, options["BLOCK_T"], x.device)
     if mapped:
@@ -296,11 +315,13 @@ def streams_backward(
             dx_next,
             du,
             dz,
+            planes,
             coefficient,
             pre,
             dx,
             df,
-            dmerge,
+            dposts,
+            dcombs,
             partial,
             tokens,
             size,
@@ -308,30 +329,15 @@ def streams_backward(
             C=channels,
             COUNT=count,
             ROWS=padded_rows(count),
+            PLANES=2 if x.dtype == torch.bfloat16 else 1,
             MERGE=merge is not None,
             MAP=mapped is not None,
             HAS_DX=dx_next is not None,
             PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
             **options,
         )
-    if merge and tokens:
-        block = 64
-        reduce_merge_kernel[(triton.cdiv(tokens, block),)](
-            dmerge,
-            dpost,
-            dcomb,
-            tokens,
-            chunks,
-            N=n,
-            COLUMNS=triton.next_power_of_2(n + n * n),
-            BLOCK=block,
-        )
+    if merge:
+        dpost, dcomb = reduce(dposts), reduce(dcombs)
     if mapped:
-        dfn = partial[0]
-        if ranges > 1:
-            dfn = torch.empty_like(fn)
-            block = 1024
-            reduce_kernel[(triton.cdiv(fn.numel(), block),)](
-                partial, dfn, ranges, fn.numel(), BLOCK=block
-            )
+        dfn = reduce(partial)
     return dx, df, dpost, dcomb, dfn

@@ -6,6 +6,14 @@ import triton.language as tl
 from .sinkhorn_kernel import sinkhorn_backward
 
 
+@triton.jit
+def store_planes(pointer, offsets, value, mask, ROWS: tl.constexpr):
+    """value as bf16 hi at ``offsets`` and lo ROWS further: 16 bits of mantissa in two planes."""
+    hi = value.to(tl.bfloat16)
+    tl.store(pointer + offsets, hi, mask=mask)
+    tl.store(pointer + offsets + ROWS, (value - hi.to(tl.float32)).to(tl.bfloat16), mask=mask)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def mapping_backward_kernel(
     m_ptr,
@@ -16,6 +24,7 @@ def mapping_backward_kernel(
     dpost_ptr,
     dcomb_ptr,
     dz_ptr,
+    planes_ptr,
     coefficient_ptr,
     pre_ptr,
     partial_ptr,
@@ -23,6 +32,7 @@ def mapping_backward_kernel(
     eps,
     N: tl.constexpr,
     C: tl.constexpr,
+    ROWS: tl.constexpr,
     HEAD: tl.constexpr,
     ITERATIONS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -30,6 +40,7 @@ def mapping_backward_kernel(
     """One program: BLOCK tokens. With L = m * scale + base and count mappings a token:
 
         dz = r * dm [T, count]                         gradient of fn @ vec(X)
+        planes [T, 2 * ROWS]                           dz as bf16 hi and lo, zero-padded
         coefficient = -r^2 / (nC) * sum(dm * m) [T]    of X, from r
         pre [T, N]                                     as in the forward
         partial [programs, 2, count]                   sums of dL and of dL * m over the tokens
@@ -51,6 +62,16 @@ def mapping_backward_kernel(
     dl = tl.load(dpre_ptr + small, mask=mask, other=0.0) * gate * (1 - gate)
     dm = dl * scale
     tl.store(dz_ptr + at, r[:, None] * dm, mask=mask)
+    planes_at = rows[:, None] * (2 * ROWS) + i[None, :]
+    store_planes(planes_ptr, planes_at, r[:, None] * dm, mask, ROWS)
+    row = tl.arange(0, ROWS)
+    store_planes(
+        planes_ptr,
+        rows[:, None] * (2 * ROWS) + row[None, :],
+        tl.zeros((BLOCK, ROWS), tl.float32),
+        mask & (row >= count)[None, :],
+        ROWS,
+    )
     tl.store(partial + i, tl.sum(dl, 0))
     tl.store(partial + count + i, tl.sum(dl * m, 0))
     radial = tl.sum(dm * m, 1)
@@ -62,6 +83,7 @@ def mapping_backward_kernel(
         dl = tl.load(dpost_ptr + small, mask=mask, other=0.0) * 2 * gate * (1 - gate)
         dm = dl * scale
         tl.store(dz_ptr + at + N, r[:, None] * dm, mask=mask)
+        store_planes(planes_ptr, planes_at + N, r[:, None] * dm, mask, ROWS)
         tl.store(partial + N + i, tl.sum(dl, 0))
         tl.store(partial + count + N + i, tl.sum(dl * m, 0))
         radial += tl.sum(dm * m, 1)
@@ -78,6 +100,8 @@ def mapping_backward_kernel(
         dl = sinkhorn_backward(logits, grad, eps, ITERATIONS)
         dm = dl * scale
         tl.store(dz_ptr + at, r[:, None, None] * dm, mask=mask)
+        planes_at = rows[:, None, None] * (2 * ROWS) + 2 * N + ij
+        store_planes(planes_ptr, planes_at, r[:, None, None] * dm, mask, ROWS)
         ij = i[:, None] * N + i[None, :]
         tl.store(partial + 2 * N + ij, tl.sum(dl, 0))
         tl.store(partial + count + 2 * N + ij, tl.sum(dl * m, 0))

@@ -32,7 +32,7 @@ def merge_stream(streams, f, post, comb, OUT: tl.constexpr, N: tl.constexpr):
     return merged
 
 
-@triton.jit(do_not_specialize=["tokens", "split_channels"])
+@triton.jit(do_not_specialize=["tokens", "split_steps"])
 def merge_map_kernel(
     x_ptr,
     f_ptr,
@@ -43,7 +43,7 @@ def merge_map_kernel(
     products_ptr,
     squares_ptr,
     tokens,
-    split_channels,
+    split_steps,
     N: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -67,15 +67,15 @@ def merge_map_kernel(
     last = tl.zeros_like(rows) + tokens - 1
     rows = tl.minimum(rows, last)
     split = tl.program_id(1)
-    start = split * split_channels
-    stop = tl.minimum(start + split_channels, C)
+    start = split * split_steps * BLOCK_C
+    stop = tl.minimum(start + split_steps * BLOCK_C, C)
     columns = tl.arange(0, BLOCK_C)
     plane = tl.arange(0, PLANES * ROWS)
     if MERGE:
         post = load_scalars(post_ptr, rows, N, N)
         comb = load_scalars(comb_ptr, rows, N * N, N * N)
     if MAP:
-        products = tl.zeros((BLOCK_T, PLANES * ROWS), tl.float32)
+        products = tl.zeros((PLANES * ROWS, BLOCK_T), tl.float32)
         squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
 
     for c in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
@@ -98,21 +98,20 @@ def merge_map_kernel(
                 stream = streams[o].to(x_ptr.dtype.element_ty)
             if MAP:
                 weight = tl.load(
-                    planes_ptr + plane[None, :] * (N * C) + o * C + channel[:, None],
-                    mask=inside[:, None],
+                    planes_ptr + plane[:, None] * (N * C) + o * C + channel[None, :],
+                    mask=inside[None, :],
                     other=0.0,
                 )
                 wide = stream.to(tl.float32)
                 squares += wide * wide
                 if PLANES == 1:
                     stream = wide
-                products = tl.dot(stream, weight, products, input_precision=PRECISION)
+                products = tl.dot(weight, tl.trans(stream), products, input_precision=PRECISION)
 
     if MAP:
         if PLANES == 2:
-            halves = tl.reshape(products, (BLOCK_T, 2, ROWS))
-            products = tl.sum(halves, 1)
+            products = tl.sum(tl.reshape(products, (2, ROWS, BLOCK_T)), 0)
         row = tl.arange(0, ROWS)
         at = split.to(tl.int64) * tokens + rows
-        tl.store(products_ptr + at[:, None] * ROWS + row[None, :], products, mask=valid[:, None])
+        tl.store(products_ptr + at[None, :] * ROWS + row[:, None], products, mask=valid[None, :])
         tl.store(squares_ptr + at, tl.sum(squares, 1), mask=valid)

@@ -15,39 +15,6 @@ def reduce_kernel(partial_ptr, out_ptr, parts, width, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks"])
-def reduce_merge_kernel(
-    partial_ptr,
-    dpost_ptr,
-    dcomb_ptr,
-    tokens,
-    chunks,
-    N: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dpost [T, N] and dcomb [T, N, N] from partial [chunks, N + N * N, T], chunks ascending."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, COLUMNS)
-    valid = (rows < tokens)[:, None]
-    mask = valid & (column < N + N * N)[None, :]
-    at = column[None, :].to(tl.int64) * tokens + rows[:, None]
-    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for s in range(chunks):
-        skip = s * tokens.to(tl.int64) * (N + N * N)
-        total += tl.load(partial_ptr + skip + at, mask=mask, other=0.0)
-    tl.store(
-        dpost_ptr + rows[:, None] * N + column[None, :],
-        total,
-        mask=valid & (column < N)[None, :],
-    )
-    tl.store(
-        dcomb_ptr + rows[:, None] * (N * N) + column[None, :] - N,
-        total,
-        mask=mask & (column >= N)[None, :],
-    )
-
-
 @triton.jit(do_not_specialize=["programs"])
 def reduce_mapping_kernel(
     partial_ptr,

@@ -6,6 +6,18 @@ import triton.language as tl
 from .merge_map_kernel import load_scalars, load_streams, merge_stream
 
 
+@triton.jit
+def stack(values, COUNT: tl.constexpr):
+    """A tuple of COUNT (a power of two) [B] vectors as one [B, COUNT] tile: one store, not COUNT."""
+    size: tl.constexpr = values[0].shape[0]
+    for level in tl.static_range(COUNT.bit_length() - 1):
+        joined = ()
+        for k in tl.static_range(COUNT >> (level + 1)):
+            joined = joined + (tl.join(values[k], values[k + (COUNT >> (level + 1))]),)
+        values = joined
+    return tl.reshape(values[0], (size, COUNT))
+
+
 @triton.jit(do_not_specialize=["tokens", "range_tokens"])
 def streams_backward_kernel(
     x_ptr,
@@ -16,11 +28,13 @@ def streams_backward_kernel(
     dx_next_ptr,
     du_ptr,
     dz_ptr,
+    dz_planes_ptr,
     coefficient_ptr,
     pre_ptr,
     dx_ptr,
     df_ptr,
-    dmerge_ptr,
+    dpost_ptr,
+    dcomb_ptr,
     dfn_ptr,
     tokens,
     range_tokens,
@@ -28,6 +42,7 @@ def streams_backward_kernel(
     C: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
+    PLANES: tl.constexpr,
     MERGE: tl.constexpr,
     MAP: tl.constexpr,
     HAS_DX: tl.constexpr,
@@ -44,8 +59,8 @@ def streams_backward_kernel(
         df         = sum_o post[o] dX'[o]             dpost[o]    = f . dX'[o]
         dX[i]      = sum_o comb[i, o] dX'[o]          dcomb[i, o] = X[i] . dX'[o]
 
-    Writes dx [T, N, C] (dX, or dX' without MERGE), df [T, C], this chunk's share of dpost and
-    dcomb to dmerge [chunks, N + N * N, T], this range's share of dfn to dfn [ranges, COUNT, N * C].
+    Writes dx [T, N, C] (dX, or dX' without MERGE), df [T, C], this chunk's share of dpost
+    [chunks, T, N] and dcomb [chunks, T, N, N], this range's share of dfn to dfn [ranges, COUNT, N * C].
     A block owns channels and walks the tokens, so that its slice of fn is read once and its slice
     of dfn stays in registers.
     """
@@ -57,13 +72,13 @@ def streams_backward_kernel(
     if MAP:
         weights = ()
         sums = ()
-        at = row[:, None] * (N * C) + channel[None, :]
+        weight_at = channel[:, None] + row[None, :] * (N * C)
         for o in tl.static_range(N):
             weight = tl.load(
-                fn_ptr + at + o * C, mask=(row < COUNT)[:, None] & inside[None, :], other=0.0
+                fn_ptr + weight_at + o * C, mask=(row < COUNT)[None, :] & inside[:, None], other=0.0
             )
             weights = weights + (weight,)
-            sums = sums + (tl.zeros((ROWS, BLOCK_C), tl.float32),)
+            sums = sums + (tl.zeros((PLANES * ROWS, BLOCK_C), tl.float32),)
 
     start = piece * range_tokens
     stop = tl.minimum(start + range_tokens, tokens)
@@ -77,8 +92,6 @@ def streams_backward_kernel(
         mask = inside[None, :]
         store = valid[:, None] & inside[None, :]
         streams = load_streams(x_ptr, wide, mask, C, N)
-        if HAS_DX:
-            dstreams = load_streams(dx_next_ptr, wide, mask, C, N)
         if MERGE:
             f = tl.load(f_ptr + small, mask=mask, other=0.0).to(tl.float32)
             post = load_scalars(post_ptr, rows, N, N)
@@ -91,11 +104,25 @@ def streams_backward_kernel(
             du = tl.load(du_ptr + small, mask=mask, other=0.0).to(tl.float32)
             pre = load_scalars(pre_ptr, rows, N, N)
             coefficient = tl.load(coefficient_ptr + rows)
-            dz_at = rows[:, None] * COUNT + row[None, :]
-            dz = tl.load(dz_ptr + dz_at, mask=valid[:, None] & (row < COUNT)[None, :], other=0.0)
-            dz_t_at = rows[None, :] * COUNT + row[:, None]
-            dz_t = tl.load(dz_ptr + dz_t_at, mask=valid[None, :] & (row < COUNT)[:, None], other=0.0)
+            at = rows[:, None] * COUNT + row[None, :]
+            dz = tl.load(dz_ptr + at, mask=valid[:, None] & (row < COUNT)[None, :], other=0.0)
+            if PLANES == 2:
+                plane = tl.arange(0, 2 * ROWS)
+                at = rows[:, None] * (2 * ROWS) + plane[None, :]
+                dz_planes = tl.load(dz_planes_ptr + at, mask=valid[:, None], other=0.0)
+            mapped = ()
+            for o in tl.static_range(N):
+                product = tl.dot(weights[o], tl.trans(dz), input_precision=PRECISION)
+                mapped = mapped + (tl.trans(product),)
             updated = ()
+        if HAS_DX:
+            # Loaded after the products on purpose: of two layouts that meet in an operation, the
+            # compiler keeps the one of the later load, and that of the matrix units would make
+            # every sum over channels below cross the warps.
+            arriving = load_streams(dx_next_ptr, wide, mask, C, N)
+        if MERGE:
+            dposts = ()
+            dcombs = ()
         for o in tl.static_range(N):
             if MAP:
                 if MERGE:
@@ -104,32 +131,24 @@ def streams_backward_kernel(
                 else:
                     merged = streams[o]
                     narrow = merged.to(x_ptr.dtype.element_ty)
-                g = tl.dot(dz, weights[o], input_precision=PRECISION)
-                g += pre[o][:, None] * du + coefficient[:, None] * merged
+                g = mapped[o]
                 if HAS_DX:
-                    g += dstreams[o]
-                if x_ptr.dtype.element_ty == tl.bfloat16:
-                    # X' is exact in bf16; dz in two parts has 16 bits of mantissa.
-                    hi = dz_t.to(tl.bfloat16)
-                    lo = (dz_t - hi.to(tl.float32)).to(tl.bfloat16)
-                    total = tl.dot(lo, narrow, tl.dot(hi, narrow, sums[o]))
+                    g += arriving[o]
+                g += pre[o][:, None] * du + coefficient[:, None] * merged
+                if PLANES == 2:
+                    total = tl.dot(tl.trans(dz_planes), narrow, sums[o])
                 else:
-                    total = tl.dot(dz_t, merged, sums[o], input_precision=PRECISION)
+                    total = tl.dot(tl.trans(dz), merged, sums[o], input_precision=PRECISION)
                 updated = updated + (total,)
             else:
-                g = dstreams[o]
+                g = arriving[o]
             if MERGE:
                 df += post[o][:, None] * g
-                part = dmerge_ptr + chunk.to(tl.int64) * (N + N * N) * tokens + rows
-                tl.store(part + o * tokens.to(tl.int64), tl.sum(f * g, 1), mask=valid)
+                dposts = dposts + (tl.sum(f * g, 1),)
                 summed = ()
                 for i in tl.static_range(N):
                     summed = summed + (dx[i] + comb[i * N + o][:, None] * g,)
-                    tl.store(
-                        part + (N + i * N + o) * tokens.to(tl.int64),
-                        tl.sum(streams[i] * g, 1),
-                        mask=valid,
-                    )
+                    dcombs = dcombs + (tl.sum(streams[i] * g, 1),)
                 dx = summed
             else:
                 tl.store(dx_ptr + wide + o * C, g.to(dx_ptr.dtype.element_ty), mask=store)
@@ -137,12 +156,31 @@ def streams_backward_kernel(
             tl.store(df_ptr + small, df.to(df_ptr.dtype.element_ty), mask=store)
             for i in tl.static_range(N):
                 tl.store(dx_ptr + wide + i * C, dx[i].to(dx_ptr.dtype.element_ty), mask=store)
+            first = chunk.to(tl.int64) * tokens
+            j = tl.arange(0, N)
+            tl.store(
+                dpost_ptr + (first + rows)[:, None] * N + j[None, :],
+                stack(dposts, N),
+                mask=valid[:, None],
+            )
+            ordered = ()
+            for k in tl.static_range(N * N):
+                ordered = ordered + (dcombs[(k % N) * N + k // N],)  # from (out, in) to (in, out)
+            k = tl.arange(0, N * N)
+            tl.store(
+                dcomb_ptr + (first + rows)[:, None] * (N * N) + k[None, :],
+                stack(ordered, N * N),
+                mask=valid[:, None],
+            )
         if MAP:
             sums = updated
 
     if MAP:
-        at = piece.to(tl.int64) * (COUNT * N * C) + row[:, None] * (N * C) + channel[None, :]
+        store_at = piece.to(tl.int64) * (COUNT * N * C) + row[:, None] * (N * C) + channel[None, :]
         for o in tl.static_range(N):
+            total = sums[o]
+            if PLANES == 2:
+                total = tl.sum(tl.reshape(total, (2, ROWS, BLOCK_C)), 0)
             tl.store(
-                dfn_ptr + at + o * C, sums[o], mask=(row < COUNT)[:, None] & inside[None, :]
+                dfn_ptr + store_at + o * C, total, mask=(row < COUNT)[:, None] & inside[None, :]
             )
