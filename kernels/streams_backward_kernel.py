@@ -18,6 +18,19 @@ def stack(values, COUNT: tl.constexpr):
     return tl.reshape(values[0], (size, COUNT))
 
 
+@triton.jit
+def prefetch(addresses):
+    """Asks L2 for the lines at integer ``addresses``."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [addresses],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["tokens", "range_tokens"])
 def streams_backward_kernel(
     x_ptr,
@@ -49,6 +62,7 @@ def streams_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (c, s): BLOCK_C channels of token range s. Per token, with X' the merged streams
@@ -91,6 +105,23 @@ def streams_backward_kernel(
         wide = rows[:, None] * (N * C) + channel[None, :]
         mask = inside[None, :]
         store = valid[:, None] & inside[None, :]
+        if PREFETCH:
+            # The next tile's lines come to L2 while this one is computed: the registers are full,
+            # so nothing else can be in flight.
+            ahead = rows + PREFETCH * BLOCK_T
+            ahead = tl.minimum(ahead, last)
+            width: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
+            j = tl.arange(0, 2 * N)
+            if HAS_DX:
+                bases = tl.where(j < N, x_ptr.to(tl.int64), dx_next_ptr.to(tl.int64))
+            else:
+                bases = tl.where(j < N, x_ptr.to(tl.int64), x_ptr.to(tl.int64))
+            at = ahead[:, None] * (N * C) + (j % N)[None, :] * C + chunk * BLOCK_C
+            prefetch(bases[None, :] + at * width)
+            if MERGE and MAP:
+                j = tl.arange(0, 2)
+                bases = tl.where(j < 1, f_ptr.to(tl.int64), du_ptr.to(tl.int64))
+                prefetch(bases[None, :] + (ahead[:, None] * C + chunk * BLOCK_C) * width)
         streams = load_streams(x_ptr, wide, mask, C, N)
         if MERGE:
             f = tl.load(f_ptr + small, mask=mask, other=0.0).to(tl.float32)
