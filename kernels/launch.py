@@ -123,6 +123,7 @@ def forward(
             split_steps,
             N=n,
             C=channels,
+            COUNT=fn.shape[0] if mapping else 1,
             ROWS=rows,
             PLANES=planes.shape[0] // rows if mapping else 1,
             MERGE=merge is not None,
@@ -237,7 +238,8 @@ def mapping_backward(
         COUNT=count,
         SEGMENTS=1 if head else 3,
         COLUMNS=triton.next_power_of_2(count),
-        BLOCK=64,
+        BLOCK=256,
+        num_warps=8,
     )
     return dz, planes, coefficient, pre, dscale, dbase
 
@@ -267,7 +269,7 @@ def reduce(partial: Tensor) -> Tensor:
     out = torch.empty_like(partial[0])
     if out.numel():
         reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
-            partial, out, partial.shape[0], out.numel(), BLOCK=REDUCE_BLOCK
+            partial, out, partial.shape[0], out.numel(), BLOCK_S=8, BLOCK=REDUCE_BLOCK
         )
     return out
 

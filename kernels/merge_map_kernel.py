@@ -32,6 +32,26 @@ def merge_stream(streams, f, post, comb, OUT: tl.constexpr, N: tl.constexpr):
     return merged
 
 
+@triton.jit
+def stack(values, COUNT: tl.constexpr, SHAPE: tl.constexpr):
+    """COUNT (a power of two) tiles of SHAPE as one, along a new last dimension."""
+    joined = values
+    for level in tl.static_range(COUNT.bit_length() - 1):
+        half: tl.constexpr = COUNT >> (level + 1)
+        values = ()
+        for k in tl.static_range(half):
+            values = values + (tl.join(joined[k], joined[k + half]),)
+        joined = values
+    return tl.reshape(joined[0], SHAPE + (COUNT,))
+
+
+@triton.jit
+def concatenate(tiles, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """COUNT tiles [B, C] side by side as [B, COUNT * C]: one matrix product, not COUNT."""
+    stacked = tl.permute(stack(tiles, COUNT, (B, C)), (0, 2, 1))
+    return tl.reshape(stacked, (B, COUNT * C))
+
+
 @triton.jit(do_not_specialize=["tokens", "split_steps"])
 def merge_map_kernel(
     x_ptr,
@@ -46,6 +66,7 @@ def merge_map_kernel(
     split_steps,
     N: tl.constexpr,
     C: tl.constexpr,
+    COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     PLANES: tl.constexpr,
     MERGE: tl.constexpr,
@@ -71,6 +92,7 @@ def merge_map_kernel(
     stop = tl.minimum(start + split_steps * BLOCK_C, C)
     columns = tl.arange(0, BLOCK_C)
     plane = tl.arange(0, PLANES * ROWS)
+    stacked = tl.arange(0, N * BLOCK_C)
     if MERGE:
         post = load_scalars(post_ptr, rows, N, N)
         comb = load_scalars(comb_ptr, rows, N * N, N * N)
@@ -87,6 +109,7 @@ def merge_map_kernel(
             f = tl.load(
                 f_ptr + rows[:, None] * C + channel[None, :], mask=inside[None, :], other=0.0
             ).to(tl.float32)
+        merged_streams = ()
         for o in tl.static_range(N):
             if MERGE:
                 merged = merge_stream(streams, f, post, comb, o, N)
@@ -97,16 +120,24 @@ def merge_map_kernel(
             else:
                 stream = streams[o].to(x_ptr.dtype.element_ty)
             if MAP:
-                weight = tl.load(
-                    planes_ptr + plane[:, None] * (N * C) + o * C + channel[None, :],
-                    mask=inside[None, :],
-                    other=0.0,
-                )
                 wide = stream.to(tl.float32)
                 squares += wide * wide
                 if PLANES == 1:
                     stream = wide
-                products = tl.dot(weight, tl.trans(stream), products, input_precision=PRECISION)
+                merged_streams = merged_streams + (stream,)
+        if MAP:
+            position = c + stacked % BLOCK_C
+            weight = tl.load(
+                planes_ptr
+                + plane[:, None] * (N * C)
+                + (stacked // BLOCK_C * C + position)[None, :],
+                mask=(plane % ROWS < COUNT)[:, None] & (position < C)[None, :],
+                other=0.0,
+            )
+            side_by_side = concatenate(merged_streams, N, BLOCK_T, BLOCK_C)
+            products = tl.dot(
+                weight, tl.trans(side_by_side), products, input_precision=PRECISION
+            )
 
     if MAP:
         if PLANES == 2:

@@ -5,14 +5,18 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["parts", "width"])
-def reduce_kernel(partial_ptr, out_ptr, parts, width, BLOCK: tl.constexpr):
-    """out[j] = sum_s partial[s, j], s ascending; partial [parts, width] float32."""
+def reduce_kernel(
+    partial_ptr, out_ptr, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[j] = sum_s partial[s, j] in an order of its own, always the same; [parts, width]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < width
-    total = tl.load(partial_ptr + at, mask=mask, other=0.0)
-    for s in range(1, parts):
-        total += tl.load(partial_ptr + s * width.to(tl.int64) + at, mask=mask, other=0.0)
-    tl.store(out_ptr + at, total, mask=mask)
+    part = tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    for first in range(0, parts, BLOCK_S):
+        s = (first + part).to(tl.int64)
+        mask = (s < parts)[:, None] & (at < width)[None, :]
+        total += tl.load(partial_ptr + s[:, None] * width + at[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + at, tl.sum(total, 0), mask=at < width)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -3,19 +3,24 @@
 import triton
 import triton.language as tl
 
-from .merge_map_kernel import load_scalars, load_streams, merge_stream
+from .merge_map_kernel import concatenate, load_scalars, load_streams, merge_stream, stack
 
 
 @triton.jit
-def stack(values, COUNT: tl.constexpr):
-    """A tuple of COUNT (a power of two) [B] vectors as one [B, COUNT] tile: one store, not COUNT."""
-    size: tl.constexpr = values[0].shape[0]
-    for level in tl.static_range(COUNT.bit_length() - 1):
-        joined = ()
-        for k in tl.static_range(COUNT >> (level + 1)):
-            joined = joined + (tl.join(values[k], values[k + (COUNT >> (level + 1))]),)
-        values = joined
-    return tl.reshape(values[0], (size, COUNT))
+def separate(tile, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """[B, COUNT * C] as a tuple of COUNT (a power of two) tiles [B, C]."""
+    levels: tl.constexpr = COUNT.bit_length() - 1
+    tile = tl.permute(tl.reshape(tile, (B, COUNT, C)), (0, 2, 1))
+    parts = (tl.reshape(tile, (B, C) + (2,) * levels),)
+    for level in tl.static_range(levels):
+        halves = ()
+        upper = ()
+        for k in tl.static_range(1 << level):
+            low, high = tl.split(parts[k])
+            halves = halves + (low,)
+            upper = upper + (high,)
+        parts = halves + upper
+    return parts
 
 
 @triton.jit
@@ -84,15 +89,15 @@ def streams_backward_kernel(
     inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
     row = tl.arange(0, ROWS)
     if MAP:
-        weights = ()
-        sums = ()
-        weight_at = channel[:, None] + row[None, :] * (N * C)
-        for o in tl.static_range(N):
-            weight = tl.load(
-                fn_ptr + weight_at + o * C, mask=(row < COUNT)[None, :] & inside[:, None], other=0.0
-            )
-            weights = weights + (weight,)
-            sums = sums + (tl.zeros((PLANES * ROWS, BLOCK_C), tl.float32),)
+        # Streams side by side: one matrix product takes the channels of all of them.
+        stacked = tl.arange(0, N * BLOCK_C)
+        position = chunk * BLOCK_C + stacked % BLOCK_C
+        weight_at = stacked // BLOCK_C * C + position
+        weight_mask = (row < COUNT)[None, :] & (position < C)[:, None]
+        weight = tl.load(
+            fn_ptr + weight_at[:, None] + row[None, :] * (N * C), mask=weight_mask, other=0.0
+        )
+        sums = tl.zeros((PLANES * ROWS, N * BLOCK_C), tl.float32)
 
     start = piece * range_tokens
     stop = tl.minimum(start + range_tokens, tokens)
@@ -123,6 +128,8 @@ def streams_backward_kernel(
                 bases = tl.where(j < 1, f_ptr.to(tl.int64), du_ptr.to(tl.int64))
                 prefetch(bases[None, :] + (ahead[:, None] * C + chunk * BLOCK_C) * width)
         streams = load_streams(x_ptr, wide, mask, C, N)
+        if HAS_DX:
+            arriving = load_streams(dx_next_ptr, wide, mask, C, N)
         if MERGE:
             f = tl.load(f_ptr + small, mask=mask, other=0.0).to(tl.float32)
             post = load_scalars(post_ptr, rows, N, N)
@@ -132,7 +139,6 @@ def streams_backward_kernel(
             for i in tl.static_range(N):
                 dx = dx + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
         if MAP:
-            du = tl.load(du_ptr + small, mask=mask, other=0.0).to(tl.float32)
             pre = load_scalars(pre_ptr, rows, N, N)
             coefficient = tl.load(coefficient_ptr + rows)
             at = rows[:, None] * COUNT + row[None, :]
@@ -141,16 +147,13 @@ def streams_backward_kernel(
                 plane = tl.arange(0, 2 * ROWS)
                 at = rows[:, None] * (2 * ROWS) + plane[None, :]
                 dz_planes = tl.load(dz_planes_ptr + at, mask=valid[:, None], other=0.0)
-            mapped = ()
-            for o in tl.static_range(N):
-                product = tl.dot(weights[o], tl.trans(dz), input_precision=PRECISION)
-                mapped = mapped + (tl.trans(product),)
-            updated = ()
-        if HAS_DX:
-            # Loaded after the products on purpose: of two layouts that meet in an operation, the
-            # compiler keeps the one of the later load, and that of the matrix units would make
+            product = tl.dot(weight, tl.trans(dz), input_precision=PRECISION)
+            mapped = separate(tl.trans(product), N, BLOCK_T, BLOCK_C)
+            # Loaded after the product on purpose: of two layouts that meet in an operation the
+            # compiler keeps the one of the later source, and that of the matrix units would make
             # every sum over channels below cross the warps.
-            arriving = load_streams(dx_next_ptr, wide, mask, C, N)
+            du = tl.load(du_ptr + small, mask=mask, other=0.0).to(tl.float32)
+            narrows = ()
         if MERGE:
             dposts = ()
             dcombs = ()
@@ -162,15 +165,10 @@ def streams_backward_kernel(
                 else:
                     merged = streams[o]
                     narrow = merged.to(x_ptr.dtype.element_ty)
-                g = mapped[o]
+                g = mapped[o] + pre[o][:, None] * du + coefficient[:, None] * merged
                 if HAS_DX:
                     g += arriving[o]
-                g += pre[o][:, None] * du + coefficient[:, None] * merged
-                if PLANES == 2:
-                    total = tl.dot(tl.trans(dz_planes), narrow, sums[o])
-                else:
-                    total = tl.dot(tl.trans(dz), merged, sums[o], input_precision=PRECISION)
-                updated = updated + (total,)
+                narrows = narrows + (narrow,)
             else:
                 g = arriving[o]
             if MERGE:
@@ -191,7 +189,7 @@ def streams_backward_kernel(
             j = tl.arange(0, N)
             tl.store(
                 dpost_ptr + (first + rows)[:, None] * N + j[None, :],
-                stack(dposts, N),
+                stack(dposts, N, (BLOCK_T,)),
                 mask=valid[:, None],
             )
             ordered = ()
@@ -200,18 +198,19 @@ def streams_backward_kernel(
             k = tl.arange(0, N * N)
             tl.store(
                 dcomb_ptr + (first + rows)[:, None] * (N * N) + k[None, :],
-                stack(ordered, N * N),
+                stack(ordered, N * N, (BLOCK_T,)),
                 mask=valid[:, None],
             )
         if MAP:
-            sums = updated
+            side_by_side = concatenate(narrows, N, BLOCK_T, BLOCK_C)
+            if PLANES == 2:
+                sums = tl.dot(tl.trans(dz_planes), side_by_side, sums)
+            else:
+                sums = tl.dot(tl.trans(dz), side_by_side, sums, input_precision=PRECISION)
 
     if MAP:
-        store_at = piece.to(tl.int64) * (COUNT * N * C) + row[:, None] * (N * C) + channel[None, :]
-        for o in tl.static_range(N):
-            total = sums[o]
-            if PLANES == 2:
-                total = tl.sum(tl.reshape(total, (2, ROWS, BLOCK_C)), 0)
-            tl.store(
-                dfn_ptr + store_at + o * C, total, mask=(row < COUNT)[:, None] & inside[None, :]
-            )
+        if PLANES == 2:
+            sums = tl.sum(tl.reshape(sums, (2, ROWS, N * BLOCK_C)), 0)
+        share = dfn_ptr + piece.to(tl.int64) * (COUNT * N * C)
+        at = row[:, None] * (N * C) + weight_at[None, :]
+        tl.store(share + at, sums, mask=(row < COUNT)[:, None] & (position < C)[None, :])
