@@ -33,23 +33,21 @@ def merge_stream(streams, f, post, comb, OUT: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def stack(values, COUNT: tl.constexpr, SHAPE: tl.constexpr):
-    """COUNT (a power of two) tiles of SHAPE as one, along a new last dimension."""
-    joined = values
+def stack(values, COUNT: tl.constexpr):
+    """COUNT (a power of two) equal tiles as one, along new last dimensions of 2 each."""
     for level in tl.static_range(COUNT.bit_length() - 1):
-        half: tl.constexpr = COUNT >> (level + 1)
-        values = ()
-        for k in tl.static_range(half):
-            values = values + (tl.join(joined[k], joined[k + half]),)
-        joined = values
-    return tl.reshape(joined[0], SHAPE + (COUNT,))
+        joined = ()
+        for k in tl.static_range(COUNT >> (level + 1)):
+            joined = joined + (tl.join(values[k], values[k + (COUNT >> (level + 1))]),)
+        values = joined
+    return values[0]
 
 
 @triton.jit
 def concatenate(tiles, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
     """COUNT tiles [B, C] side by side as [B, COUNT * C]: one matrix product, not COUNT."""
-    stacked = tl.permute(stack(tiles, COUNT, (B, C)), (0, 2, 1))
-    return tl.reshape(stacked, (B, COUNT * C))
+    stacked = tl.reshape(stack(tiles, COUNT), (B, C, COUNT))
+    return tl.reshape(tl.permute(stacked, (0, 2, 1)), (B, COUNT * C))
 
 
 @triton.jit(do_not_specialize=["tokens", "split_steps"])

@@ -9,18 +9,18 @@ from .merge_map_kernel import concatenate, load_scalars, load_streams, merge_str
 @triton.jit
 def separate(tile, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
     """[B, COUNT * C] as a tuple of COUNT (a power of two) tiles [B, C]."""
-    levels: tl.constexpr = COUNT.bit_length() - 1
-    tile = tl.permute(tl.reshape(tile, (B, COUNT, C)), (0, 2, 1))
-    parts = (tl.reshape(tile, (B, C) + (2,) * levels),)
-    for level in tl.static_range(levels):
+    parts = (tl.permute(tl.reshape(tile, (B, COUNT, C)), (0, 2, 1)),)
+    for level in tl.static_range(COUNT.bit_length() - 1):
         halves = ()
-        upper = ()
         for k in tl.static_range(1 << level):
-            low, high = tl.split(parts[k])
-            halves = halves + (low,)
-            upper = upper + (high,)
-        parts = halves + upper
-    return parts
+            pairs = tl.reshape(parts[k], (B, C, 2, COUNT >> (level + 1)))
+            low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+            halves = halves + (low, high)
+        parts = halves
+    tiles = ()
+    for k in tl.static_range(COUNT):
+        tiles = tiles + (tl.reshape(parts[k], (B, C)),)
+    return tiles
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def streams_backward_kernel(
             j = tl.arange(0, N)
             tl.store(
                 dpost_ptr + (first + rows)[:, None] * N + j[None, :],
-                stack(dposts, N, (BLOCK_T,)),
+                tl.reshape(stack(dposts, N), (BLOCK_T, N)),
                 mask=valid[:, None],
             )
             ordered = ()
@@ -198,7 +198,7 @@ def streams_backward_kernel(
             k = tl.arange(0, N * N)
             tl.store(
                 dcomb_ptr + (first + rows)[:, None] * (N * N) + k[None, :],
-                stack(ordered, N * N, (BLOCK_T,)),
+                tl.reshape(stack(ordered, N * N), (BLOCK_T, N * N)),
                 mask=valid[:, None],
             )
         if MAP:
