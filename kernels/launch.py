@@ -26,14 +26,14 @@ CONFIGS = {
     "aggregate": dict(BLOCK_M=8, BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
     "aggregate_backward": dict(BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
     "mapping_backward": dict(BLOCK=8, num_warps=1),
-    "streams": dict(BLOCK_T=32, BLOCK_C=64, STAGES=1, PREFETCH=0, num_warps=8),
-    "post_streams": dict(BLOCK_T=8, BLOCK_C=128, STAGES=1, PREFETCH=0, num_warps=4),
+    "streams": dict(BLOCK_T=32, BLOCK_C=64, STAGES=1, num_warps=8),
+    "post_streams": dict(BLOCK_T=8, BLOCK_C=128, STAGES=1, num_warps=4),
 }
 WIDE_CONFIGS = {
     "merge": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
     "map": dict(BLOCK_T=64, BLOCK_C=32, STAGES=1, num_warps=8),
-    "streams": dict(BLOCK_T=16, BLOCK_C=32, STAGES=1, PREFETCH=0, num_warps=8),
-    "post_streams": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, PREFETCH=0, num_warps=4),
+    "streams": dict(BLOCK_T=16, BLOCK_C=32, STAGES=1, num_warps=8),
+    "post_streams": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
 }
 # Blocks of streams_backward_kernel that one multiprocessor holds.
 STREAMS_RESIDENT = 1

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .merge_map_kernel import concatenate, load_scalars, load_streams, merge_stream, stack
+from .merge_map_kernel import concatenate, load_scalars, merge_stream, stack
 
 
 @triton.jit
@@ -24,16 +24,43 @@ def separate(tile, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def prefetch(addresses):
-    """Asks L2 for the lines at integer ``addresses``."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [addresses],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def to_float(tiles, COUNT: tl.constexpr):
+    """The COUNT tiles in float32."""
+    wide = ()
+    for j in tl.static_range(COUNT):
+        wide = wide + (tiles[j].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def load_raw(pointer, offsets, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles [BLOCK_T, BLOCK_C] that lie STRIDE elements apart, in their own dtype."""
+    tiles = ()
+    for j in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(pointer + offsets + j * STRIDE, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def load_dz(
+    dz_ptr,
+    planes_ptr,
+    rows,
+    valid,
+    COUNT: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """dz [BLOCK_T, ROWS] of a tile, and its bf16 hi and lo where PLANES is 2; 0 if not valid."""
+    row = tl.arange(0, ROWS)
+    at = rows[:, None] * COUNT + row[None, :]
+    mask = valid[:, None]
+    dz = (tl.load(dz_ptr + at, mask=mask & (row < COUNT)[None, :], other=0.0),)
+    if PLANES == 2:
+        at = rows[:, None] * (2 * ROWS) + row[None, :]
+        hi = tl.load(planes_ptr + at, mask=mask, other=0.0)
+        dz = dz + (hi, tl.load(planes_ptr + at + ROWS, mask=mask, other=0.0))
+    return dz
 
 
 @triton.jit(do_not_specialize=["tokens", "range_tokens"])
@@ -46,7 +73,7 @@ def streams_backward_kernel(
     dx_next_ptr,
     du_ptr,
     dz_ptr,
-    dz_planes_ptr,
+    planes_ptr,
     coefficient_ptr,
     pre_ptr,
     dx_ptr,
@@ -67,7 +94,6 @@ def streams_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (c, s): BLOCK_C channels of token range s. Per token, with X' the merged streams
@@ -97,41 +123,35 @@ def streams_backward_kernel(
         weight = tl.load(
             fn_ptr + weight_at[:, None] + row[None, :] * (N * C), mask=weight_mask, other=0.0
         )
-        sums = tl.zeros((PLANES * ROWS, N * BLOCK_C), tl.float32)
+        sums = tl.zeros((N * BLOCK_C, ROWS), tl.float32)
 
     start = piece * range_tokens
     stop = tl.minimum(start + range_tokens, tokens)
+    mask = inside[None, :]
+    # Tiles are loaded one step ahead into registers: the kernel has room for one block a
+    # multiprocessor, so no other block hides its loads.
+    ahead = start + tl.arange(0, BLOCK_T).to(tl.int64)
+    valid_ahead = ahead < stop
+    ahead = tl.minimum(ahead, tokens - 1)
+    wide = ahead[:, None] * (N * C) + channel[None, :]
+    small = ahead[:, None] * C + channel[None, :]
+    streams_ahead = load_raw(x_ptr, wide, mask, C, N)
+    arriving_ahead = load_raw(dx_next_ptr, wide, mask, C, N if HAS_DX else 0)
+    f_ahead = load_raw(f_ptr, small, mask, 0, 1 if MERGE else 0)
+    du_ahead = load_raw(du_ptr, small, mask, 0, 1 if MAP else 0)
+    if MAP:
+        dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
     for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         rows = t + tl.arange(0, BLOCK_T).to(tl.int64)
         valid = rows < stop
-        last = tl.zeros_like(rows) + tokens - 1
-        rows = tl.minimum(rows, last)
+        rows = tl.minimum(rows, tokens - 1)
         small = rows[:, None] * C + channel[None, :]
         wide = rows[:, None] * (N * C) + channel[None, :]
-        mask = inside[None, :]
         store = valid[:, None] & inside[None, :]
-        if PREFETCH:
-            # The next tile's lines come to L2 while this one is computed: the registers are full,
-            # so nothing else can be in flight.
-            ahead = rows + PREFETCH * BLOCK_T
-            ahead = tl.minimum(ahead, last)
-            width: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth // 8
-            j = tl.arange(0, 2 * N)
-            if HAS_DX:
-                bases = tl.where(j < N, x_ptr.to(tl.int64), dx_next_ptr.to(tl.int64))
-            else:
-                bases = tl.where(j < N, x_ptr.to(tl.int64), x_ptr.to(tl.int64))
-            at = ahead[:, None] * (N * C) + (j % N)[None, :] * C + chunk * BLOCK_C
-            prefetch(bases[None, :] + at * width)
-            if MERGE and MAP:
-                j = tl.arange(0, 2)
-                bases = tl.where(j < 1, f_ptr.to(tl.int64), du_ptr.to(tl.int64))
-                prefetch(bases[None, :] + (ahead[:, None] * C + chunk * BLOCK_C) * width)
-        streams = load_streams(x_ptr, wide, mask, C, N)
-        if HAS_DX:
-            arriving = load_streams(dx_next_ptr, wide, mask, C, N)
+        streams = to_float(streams_ahead, N)
+        arriving = to_float(arriving_ahead, N if HAS_DX else 0)
         if MERGE:
-            f = tl.load(f_ptr + small, mask=mask, other=0.0).to(tl.float32)
+            f = f_ahead[0].to(tl.float32)
             post = load_scalars(post_ptr, rows, N, N)
             comb = load_scalars(comb_ptr, rows, N * N, N * N)
             df = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
@@ -139,21 +159,27 @@ def streams_backward_kernel(
             for i in tl.static_range(N):
                 dx = dx + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
         if MAP:
+            du = du_ahead[0].to(tl.float32)
             pre = load_scalars(pre_ptr, rows, N, N)
             coefficient = tl.load(coefficient_ptr + rows)
-            at = rows[:, None] * COUNT + row[None, :]
-            dz = tl.load(dz_ptr + at, mask=valid[:, None] & (row < COUNT)[None, :], other=0.0)
-            if PLANES == 2:
-                plane = tl.arange(0, 2 * ROWS)
-                at = rows[:, None] * (2 * ROWS) + plane[None, :]
-                dz_planes = tl.load(dz_planes_ptr + at, mask=valid[:, None], other=0.0)
-            product = tl.dot(weight, tl.trans(dz), input_precision=PRECISION)
+            dz = dz_ahead
+            product = tl.dot(weight, tl.trans(dz[0]), input_precision=PRECISION)
             mapped = separate(tl.trans(product), N, BLOCK_T, BLOCK_C)
-            # Loaded after the product on purpose: of two layouts that meet in an operation the
-            # compiler keeps the one of the later source, and that of the matrix units would make
-            # every sum over channels below cross the warps.
-            du = tl.load(du_ptr + small, mask=mask, other=0.0).to(tl.float32)
             narrows = ()
+        # After the product on purpose: of two layouts that meet in an operation the compiler keeps
+        # the one of the later source, and that of the matrix units would make every sum over
+        # channels below cross the warps.
+        ahead = t + BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
+        valid_ahead = ahead < stop
+        ahead = tl.minimum(ahead, tokens - 1)
+        wide_ahead = ahead[:, None] * (N * C) + channel[None, :]
+        small_ahead = ahead[:, None] * C + channel[None, :]
+        streams_ahead = load_raw(x_ptr, wide_ahead, mask, C, N)
+        arriving_ahead = load_raw(dx_next_ptr, wide_ahead, mask, C, N if HAS_DX else 0)
+        f_ahead = load_raw(f_ptr, small_ahead, mask, 0, 1 if MERGE else 0)
+        du_ahead = load_raw(du_ptr, small_ahead, mask, 0, 1 if MAP else 0)
+        if MAP:
+            dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
         if MERGE:
             dposts = ()
             dcombs = ()
@@ -202,15 +228,13 @@ def streams_backward_kernel(
                 mask=valid[:, None],
             )
         if MAP:
-            side_by_side = concatenate(narrows, N, BLOCK_T, BLOCK_C)
+            side_by_side = tl.trans(concatenate(narrows, N, BLOCK_T, BLOCK_C))
             if PLANES == 2:
-                sums = tl.dot(tl.trans(dz_planes), side_by_side, sums)
+                sums = tl.dot(side_by_side, dz[2], tl.dot(side_by_side, dz[1], sums))
             else:
-                sums = tl.dot(tl.trans(dz), side_by_side, sums, input_precision=PRECISION)
+                sums = tl.dot(side_by_side, dz[0], sums, input_precision=PRECISION)
 
     if MAP:
-        if PLANES == 2:
-            sums = tl.sum(tl.reshape(sums, (2, ROWS, N * BLOCK_C)), 0)
         share = dfn_ptr + piece.to(tl.int64) * (COUNT * N * C)
-        at = row[:, None] * (N * C) + weight_at[None, :]
-        tl.store(share + at, sums, mask=(row < COUNT)[:, None] & (position < C)[None, :])
+        at = weight_at[:, None] + row[None, :] * (N * C)
+        tl.store(share + at, sums, mask=weight_mask)
