@@ -102,10 +102,8 @@ def forward(
     if mapping:
         rows = padded_rows(fn.shape[0])
         planes = split_weight(fn, x.dtype)
-    # Enough programs to fill the machine twice, whatever the token count.
-    splits = min(steps, max(1, triton.cdiv(MAP_RESIDENT * multiprocessors(x.device), max(tiles, 1))))
-    split_steps = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, split_steps)
+    slots = MAP_RESIDENT * multiprocessors(x.device)
+    splits, split_steps = pieces(steps, tiles, slots) if tokens and mapping else (1, steps)
     if mapping:
         products = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
         squares = torch.empty((splits, tokens), dtype=torch.float32, device=x.device)
@@ -244,22 +242,20 @@ def mapping_backward(
     return dz, planes, coefficient, pre, dscale, dbase
 
 
-def token_ranges(tokens: int, chunks: int, block: int, device: torch.device) -> tuple[int, int]:
-    """How many ranges the tokens are cut into, and tokens a range (a multiple of ``block``).
+def pieces(units: int, programs: int, slots: int) -> tuple[int, int]:
+    """How many pieces ``units`` steps of ``programs`` programs are cut into, and units a piece.
 
-    The count whose last wave of blocks wastes least; fewer ranges on a tie, since each writes a
-    partial gradient of fn.
+    The count whose last wave of blocks leaves the fewest of ``slots`` idle; fewer pieces on a tie,
+    since each writes a partial result.
     """
-    slots = STREAMS_RESIDENT * multiprocessors(device)
-    blocks = triton.cdiv(tokens, block)
     best = max(
-        range(1, min(blocks, 16) + 1),
-        key=lambda ranges: (
-            ranges * chunks / (triton.cdiv(ranges * chunks, slots) * slots) - 0.005 * ranges
+        range(1, min(units, 16) + 1),
+        key=lambda count: (
+            count * programs / (triton.cdiv(count * programs, slots) * slots) - 0.01 * count
         ),
     )
-    size = triton.cdiv(blocks, best) * block
-    return triton.cdiv(tokens, size), size
+    size = triton.cdiv(units, best)
+    return triton.cdiv(units, size), size
 
 
 def reduce(partial: Tensor) -> Tensor:
@@ -304,7 +300,9 @@ def streams_backward(
         dposts = torch.empty((chunks, *post.shape), **empty)
         dcombs = torch.empty((chunks, *comb.shape), **empty)
     if tokens:
-        ranges, size = token_ranges(tokens, chunks, options["BLOCK_T"], x.device)
+        slots = STREAMS_RESIDENT * multiprocessors(x.device)
+        ranges, size = pieces(triton.cdiv(tokens, options["BLOCK_T"]), chunks, slots)
+        size *= options["BLOCK_T"]
     if mapped:
         shape = (ranges, *fn.shape)
         partial = torch.empty(shape, **empty) if tokens else torch.zeros(shape, **empty)

@@ -14,12 +14,20 @@ def load_scalars(pointer, rows, STRIDE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def load_streams(pointer, offsets, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tiles [BLOCK_T, BLOCK_C] that lie STRIDE elements apart, as float32."""
+def to_float(tiles, COUNT: tl.constexpr):
+    """The COUNT tiles in float32."""
+    wide = ()
+    for j in tl.static_range(COUNT):
+        wide = wide + (tiles[j].to(tl.float32),)
+    return wide
+
+
+@triton.jit
+def load_tiles(pointer, offsets, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT tiles [BLOCK_T, BLOCK_C] that lie STRIDE elements apart, in their own dtype."""
     tiles = ()
     for j in tl.static_range(COUNT):
-        tile = tl.load(pointer + offsets + j * STRIDE, mask=mask, other=0.0)
-        tiles = tiles + (tile.to(tl.float32),)
+        tiles = tiles + (tl.load(pointer + offsets + j * STRIDE, mask=mask, other=0.0),)
     return tiles
 
 
@@ -98,15 +106,32 @@ def merge_map_kernel(
         products = tl.zeros((PLANES * ROWS, BLOCK_T), tl.float32)
         squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
 
+    # Tiles of X and f are loaded one step ahead into registers, to arrive while this step computes.
+    channel = start + columns
+    mask = (channel < C)[None, :]
+    streams_ahead = load_tiles(x_ptr, rows[:, None] * (N * C) + channel[None, :], mask, C, N)
+    f_ahead = load_tiles(f_ptr, rows[:, None] * C + channel[None, :], mask, 0, 1 if MERGE else 0)
     for c in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
         channel = c + columns
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         offsets = rows[:, None] * (N * C) + channel[None, :]
-        streams = load_streams(x_ptr, offsets, inside[None, :], C, N)
+        streams = to_float(streams_ahead, N)
         if MERGE:
-            f = tl.load(
-                f_ptr + rows[:, None] * C + channel[None, :], mask=inside[None, :], other=0.0
-            ).to(tl.float32)
+            f = f_ahead[0].to(tl.float32)
+        if MAP:
+            position = c + stacked % BLOCK_C
+            weight = tl.load(
+                planes_ptr
+                + plane[:, None] * (N * C)
+                + (stacked // BLOCK_C * C + position)[None, :],
+                mask=(plane % ROWS < COUNT)[:, None] & (position < C)[None, :],
+                other=0.0,
+            )
+        channel = c + BLOCK_C + columns
+        mask = (channel < stop)[None, :]
+        streams_ahead = load_tiles(x_ptr, offsets + BLOCK_C, mask, C, N)
+        ahead = rows[:, None] * C + channel[None, :]
+        f_ahead = load_tiles(f_ptr, ahead, mask, 0, 1 if MERGE else 0)
         merged_streams = ()
         for o in tl.static_range(N):
             if MERGE:
@@ -124,14 +149,6 @@ def merge_map_kernel(
                     stream = wide
                 merged_streams = merged_streams + (stream,)
         if MAP:
-            position = c + stacked % BLOCK_C
-            weight = tl.load(
-                planes_ptr
-                + plane[:, None] * (N * C)
-                + (stacked // BLOCK_C * C + position)[None, :],
-                mask=(plane % ROWS < COUNT)[:, None] & (position < C)[None, :],
-                other=0.0,
-            )
             side_by_side = concatenate(merged_streams, N, BLOCK_T, BLOCK_C)
             products = tl.dot(
                 weight, tl.trans(side_by_side), products, input_precision=PRECISION

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from .merge_map_kernel import concatenate, load_scalars, merge_stream, stack
+from .merge_map_kernel import (
+    concatenate,
+    load_scalars,
+    load_tiles,
+    merge_stream,
+    stack,
+    to_float,
+)
 
 
 @triton.jit
@@ -20,24 +27,6 @@ def separate(tile, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
     tiles = ()
     for k in tl.static_range(COUNT):
         tiles = tiles + (tl.reshape(parts[k], (B, C)),)
-    return tiles
-
-
-@triton.jit
-def to_float(tiles, COUNT: tl.constexpr):
-    """The COUNT tiles in float32."""
-    wide = ()
-    for j in tl.static_range(COUNT):
-        wide = wide + (tiles[j].to(tl.float32),)
-    return wide
-
-
-@triton.jit
-def load_raw(pointer, offsets, mask, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tiles [BLOCK_T, BLOCK_C] that lie STRIDE elements apart, in their own dtype."""
-    tiles = ()
-    for j in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(pointer + offsets + j * STRIDE, mask=mask, other=0.0),)
     return tiles
 
 
@@ -135,10 +124,10 @@ def streams_backward_kernel(
     ahead = tl.minimum(ahead, tokens - 1)
     wide = ahead[:, None] * (N * C) + channel[None, :]
     small = ahead[:, None] * C + channel[None, :]
-    streams_ahead = load_raw(x_ptr, wide, mask, C, N)
-    arriving_ahead = load_raw(dx_next_ptr, wide, mask, C, N if HAS_DX else 0)
-    f_ahead = load_raw(f_ptr, small, mask, 0, 1 if MERGE else 0)
-    du_ahead = load_raw(du_ptr, small, mask, 0, 1 if MAP else 0)
+    streams_ahead = load_tiles(x_ptr, wide, mask, C, N)
+    arriving_ahead = load_tiles(dx_next_ptr, wide, mask, C, N if HAS_DX else 0)
+    f_ahead = load_tiles(f_ptr, small, mask, 0, 1 if MERGE else 0)
+    du_ahead = load_tiles(du_ptr, small, mask, 0, 1 if MAP else 0)
     if MAP:
         dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
     for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
@@ -174,10 +163,10 @@ def streams_backward_kernel(
         ahead = tl.minimum(ahead, tokens - 1)
         wide_ahead = ahead[:, None] * (N * C) + channel[None, :]
         small_ahead = ahead[:, None] * C + channel[None, :]
-        streams_ahead = load_raw(x_ptr, wide_ahead, mask, C, N)
-        arriving_ahead = load_raw(dx_next_ptr, wide_ahead, mask, C, N if HAS_DX else 0)
-        f_ahead = load_raw(f_ptr, small_ahead, mask, 0, 1 if MERGE else 0)
-        du_ahead = load_raw(du_ptr, small_ahead, mask, 0, 1 if MAP else 0)
+        streams_ahead = load_tiles(x_ptr, wide_ahead, mask, C, N)
+        arriving_ahead = load_tiles(dx_next_ptr, wide_ahead, mask, C, N if HAS_DX else 0)
+        f_ahead = load_tiles(f_ptr, small_ahead, mask, 0, 1 if MERGE else 0)
+        du_ahead = load_tiles(du_ptr, small_ahead, mask, 0, 1 if MAP else 0)
         if MAP:
             dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
         if MERGE:
