@@ -42,6 +42,14 @@ def _triton():
     return ops
 
 
+def _choose(backend, tensors, residual_mixing="sinkhorn") -> str:
+    """Triton or torch for a call on ``tensors``, the streams [..., n, C] first."""
+    n, channels = tensors[0].shape[-2:]
+    return choose_backend(
+        backend, tensors, n=n, channels=channels, residual_mixing=residual_mixing
+    )
+
+
 def sinkhorn(
     logits: Tensor, iterations: int = 20, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
@@ -53,7 +61,7 @@ def sinkhorn(
         ValueError: a wrong shape, dtype, iterations < 1 or eps outside [0, 1).
     """
     check_sinkhorn(logits, iterations, eps)
-    if choose_backend(backend, (logits,), logits.shape[-1]) == "triton":
+    if choose_backend(backend, (logits,), n=logits.shape[-1]) == "triton":
         return _triton().sinkhorn(logits, iterations, eps)
     return reference.sinkhorn(logits, iterations, eps)
 
@@ -125,7 +133,7 @@ def mhc_pre(
         ValueError: as :func:`mhc_mappings`.
     """
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
-    if choose_backend(backend, (x, fn, scale, base), x.shape[-2], residual_mixing) == "triton":
+    if _choose(backend, (x, fn, scale, base), residual_mixing) == "triton":
         return _triton().pre(x, fn, scale, base, iterations, eps, norm_eps)
     return reference.mhc_pre(
         x,
@@ -149,7 +157,7 @@ def mhc_post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor, *, backend: str =
         ValueError: shapes that do not belong together.
     """
     check_merge(x, f, post, comb)
-    if choose_backend(backend, (x, f, post, comb), x.shape[-2]) == "triton":
+    if _choose(backend, (x, f, post, comb)) == "triton":
         return _triton().post(x, f, post, comb)
     return reference.mhc_post(x, f, post, comb)
 
@@ -180,7 +188,7 @@ def mhc_post_pre(
     check_merge(x, f, post, comb)
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
-    if choose_backend(backend, tensors, x.shape[-2], residual_mixing) == "triton":
+    if _choose(backend, tensors, residual_mixing) == "triton":
         return _triton().post_pre(*tensors, iterations, eps, norm_eps)
     return reference.mhc_post_pre(
         x,
@@ -218,7 +226,7 @@ def mhc_head(
     check_streams(x)
     check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
     check_eps(eps=eps, norm_eps=norm_eps)
-    if choose_backend(backend, (x, fn, scale, base), x.shape[-2]) == "triton":
+    if _choose(backend, (x, fn, scale, base)) == "triton":
         return _triton().head(x, fn, scale, base, eps, norm_eps)
     return reference.mhc_head(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
 
@@ -231,6 +239,6 @@ def mhc_expand(h: Tensor, n: int, *, backend: str = "auto") -> Tensor:
     """
     if n < 1:
         raise ValueError(f"n={n}: at least 1 stream is needed")
-    if choose_backend(backend, (h,), n) == "triton":
+    if choose_backend(backend, (h,), n=n, channels=h.shape[-1]) == "triton":
         return _triton().expand(h, n)
     return reference.mhc_expand(h, n)

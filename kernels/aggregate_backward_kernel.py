@@ -14,7 +14,6 @@ def aggregate_backward_kernel(
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """dpre[t, i] = sum_c du[t, c] x[t, i, c]; x [T, N, C], du [T, C], dpre [T, N] float32."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -24,7 +23,7 @@ def aggregate_backward_kernel(
     sums = ()
     for j in tl.static_range(N):
         sums = sums + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
-    for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+    for c in range(0, C, BLOCK_C):
         channel = c + tl.arange(0, BLOCK_C)
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         mask = inside[None, :]

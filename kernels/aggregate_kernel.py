@@ -40,7 +40,6 @@ def aggregate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """u [T, C] of x [T, N, C]; m [T, count], r [T] for the backward; post and comb unless HEAD.
 
@@ -91,7 +90,7 @@ def aggregate_kernel(
     for j in tl.static_range(N):
         m = r * sum_splits(products_ptr, rows * ROWS + j, tokens, splits, ROWS)
         pre = pre + (tl.sigmoid(m * scale + tl.load(base_ptr + j)) + eps,)
-    for c in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+    for c in range(0, C, BLOCK_C):
         channel = c + tl.arange(0, BLOCK_C)
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         u = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)

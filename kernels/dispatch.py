@@ -19,11 +19,9 @@ _said: set[str] = set()
 
 @lru_cache
 def _device_problem(device: torch.device) -> str | None:
-    """Why Triton cannot run on ``device``, or None."""
+    """Why compiled Triton cannot run on ``device``, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -32,25 +30,29 @@ def _device_problem(device: torch.device) -> str | None:
     return None
 
 
-def triton_problem(
-    tensors: tuple[Tensor, ...], n: int, residual_mixing: str = "sinkhorn"
+def _triton_problem(
+    backend: str,
+    tensors: tuple[Tensor, ...],
+    n: int | None,
+    channels: int | None,
+    residual_mixing: str,
 ) -> str | None:
-    """Why the Triton kernels cannot serve a call, in one line, or None.
-
-    Args:
-        tensors: the call's; the streams (or what stands for them) first, and everything but
-            streams and sublayer output in float32. n: number of streams.
-    """
+    """Why the Triton kernels cannot serve a call, in one line, or None."""
     if residual_mixing != "sinkhorn":
         return f"residual_mixing={residual_mixing!r} has no kernel"
-    if n not in TRITON_STREAMS:
+    if n is not None and n not in TRITON_STREAMS:
         return f"n={n} is not one of {', '.join(map(str, TRITON_STREAMS))}"
-    if tensors[0].shape[-1] % 8 and tensors[0].shape[-1] != n:
-        return f"C={tensors[0].shape[-1]} is not a multiple of 8"
+    if channels is not None and channels % 8:
+        return f"C={channels} is not a multiple of 8"
     for tensor in tensors:
         if tensor.dtype not in TRITON_DTYPES:
             return f"{tensor.dtype} has no kernel"
-    return _device_problem(tensors[0].device)
+    # Triton's interpreter is for tests that ask for it by name: nobody wants it chosen for them.
+    if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if tensors:
+        return _device_problem(tensors[0].device)
+    return _device_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_backend(backend: str) -> None:
@@ -60,11 +62,21 @@ def check_backend(backend: str) -> None:
 
 
 def choose_backend(
-    backend: str, tensors: tuple[Tensor, ...], n: int, residual_mixing: str = "sinkhorn"
+    backend: str,
+    tensors: tuple[Tensor, ...] = (),
+    *,
+    n: int | None = None,
+    channels: int | None = None,
+    residual_mixing: str = "sinkhorn",
 ) -> str:
-    """The implementation that serves the call, in words: "triton" or "torch".
+    """The implementation that serves a call, in words: "triton" or "torch".
 
     "auto" says once, in one line, why it did not take Triton; "triton" never falls back.
+
+    Args:
+        backend: one of ``BACKENDS``.
+        tensors: the call's; without any, the answer is for this machine.
+        n, channels, residual_mixing: of the call, where it has them.
 
     Raises:
         ValueError: backend is none of ``BACKENDS``.
@@ -73,13 +85,9 @@ def choose_backend(
     check_backend(backend)
     if backend == "torch":
         return "torch"
-    problem = triton_problem(tensors, n, residual_mixing)
+    problem = _triton_problem(backend, tensors, n, channels, residual_mixing)
     if problem is None:
-        # The interpreter is for tests that ask for it: nobody wants it chosen for them.
-        if backend == "auto" and tensors[0].device.type != "cuda":
-            problem = f"the tensors are on {tensors[0].device.type}"
-        else:
-            return "triton"
+        return "triton"
     if backend == "triton":
         raise RuntimeError(f"backend='triton': {problem}; use backend='auto' or 'torch'")
     if problem not in _said:

@@ -18,32 +18,43 @@ from .reduce_kernel import reduce_kernel, reduce_mapping_kernel
 from .split_weight_kernel import split_weight_kernel
 from .streams_backward_kernel import streams_backward_kernel
 
-# One entry a kernel: block sizes, warps and pipeline stages for n <= 4, as measured
-# (docs/kernels.md). n = 8 keeps four times the products per token and takes smaller blocks.
+# One entry a kernel: block sizes and warps for n = 4 and bf16 streams (docs/kernels.md).
 CONFIGS = {
-    "merge": dict(BLOCK_T=8, BLOCK_C=256, STAGES=1, num_warps=4),
-    "map": dict(BLOCK_T=32, BLOCK_C=64, STAGES=2, num_warps=4),
-    "aggregate": dict(BLOCK_M=8, BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
-    "aggregate_backward": dict(BLOCK_T=4, BLOCK_C=512, STAGES=1, num_warps=4),
+    "merge": dict(BLOCK_T=8, BLOCK_C=256, num_warps=4, num_stages=1),
+    "map": dict(BLOCK_T=64, BLOCK_C=64, num_warps=8, num_stages=1),
+    "aggregate": dict(BLOCK_C=2048, num_warps=4, num_stages=1),
+    "aggregate_backward": dict(BLOCK_C=2048, num_warps=4, num_stages=1),
     "mapping_backward": dict(BLOCK=8, num_warps=1),
-    "streams": dict(BLOCK_T=32, BLOCK_C=64, STAGES=1, num_warps=8),
-    "post_streams": dict(BLOCK_T=8, BLOCK_C=128, STAGES=1, num_warps=4),
+    "streams": dict(BLOCK_T=32, BLOCK_C=64, num_warps=8, num_stages=1),
+    "post_streams": dict(BLOCK_T=8, BLOCK_C=128, num_warps=4, num_stages=1),
 }
-WIDE_CONFIGS = {
-    "merge": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
-    "map": dict(BLOCK_T=64, BLOCK_C=32, STAGES=1, num_warps=8),
-    "streams": dict(BLOCK_T=16, BLOCK_C=32, STAGES=1, num_warps=8),
-    "post_streams": dict(BLOCK_T=4, BLOCK_C=128, STAGES=1, num_warps=4),
-}
-# Blocks of streams_backward_kernel that one multiprocessor holds.
+# Tokens of one block of aggregate_kernel that computes mappings.
+MAPPING_BLOCK = 8
+# Blocks of merge_map_kernel and of streams_backward_kernel that one multiprocessor holds.
+MAP_RESIDENT = 1
 STREAMS_RESIDENT = 1
-MAP_RESIDENT = 4
 REDUCE_BLOCK = 512
 
 
-def config(name: str, n: int) -> dict:
-    """Block sizes of kernel ``name`` for n streams."""
-    return WIDE_CONFIGS[name] if n > 4 and name in WIDE_CONFIGS else CONFIGS[name]
+def config(name: str, n: int, dtype: torch.dtype) -> dict:
+    """Block sizes of kernel ``name`` for n streams: fewer channels where more must be held."""
+    options = dict(CONFIGS[name])
+    if n > 4:
+        options["BLOCK_C"] //= 2
+    if dtype != torch.bfloat16:
+        options["BLOCK_C"] //= 2
+    if name == "streams" and n > 4:
+        options["BLOCK_T"] //= 2
+    return options
+
+
+def walk(name: str, channels: int) -> dict:
+    """Block sizes of a kernel that walks whole tokens: blocks that divide the channels if any."""
+    options = dict(CONFIGS[name])
+    size = options["BLOCK_C"]
+    while size > 512 and channels % size:
+        size //= 2
+    return options | dict(BLOCK_T=options["BLOCK_C"] // size, BLOCK_C=size)
 
 
 @lru_cache
@@ -96,7 +107,7 @@ def forward(
     x_next = torch.empty_like(x) if merge else None
     products = squares = planes = None
     rows, splits = 16, 1
-    options = config("map" if mapping else "merge", n)
+    options = config("map" if mapping else "merge", n, x.dtype)
     tiles = triton.cdiv(tokens, options["BLOCK_T"])
     steps = triton.cdiv(channels, options["BLOCK_C"])
     if mapping:
@@ -139,8 +150,8 @@ def forward(
     kept = 0 if head else tokens
     post_next = torch.empty((kept, n), dtype=torch.float32, device=x.device)
     comb_next = torch.empty((kept, n, n), dtype=torch.float32, device=x.device)
-    options = config("aggregate", n)
-    map_programs = triton.cdiv(tokens, options["BLOCK_M"])
+    options = walk("aggregate", channels)
+    map_programs = triton.cdiv(tokens, MAPPING_BLOCK)
     if tokens:
         aggregate_kernel[(map_programs + triton.cdiv(tokens, options["BLOCK_T"]),)](
             x_next if merge else x,
@@ -163,6 +174,7 @@ def forward(
             ROWS=rows,
             HEAD=head,
             ITERATIONS=iterations,
+            BLOCK_M=MAPPING_BLOCK,
             **options,
         )
     outputs = (u, post_next, comb_next, m, r)
@@ -196,14 +208,14 @@ def mapping_backward(
     planes = torch.empty((tokens, 2 * rows), dtype=torch.bfloat16, device=x.device)
     coefficient = torch.empty((tokens,), **empty)
     pre = torch.empty((tokens, n), **empty)
-    options = config("mapping_backward", n)
-    programs = triton.cdiv(tokens, options["BLOCK"])
+    block = CONFIGS["mapping_backward"]
+    programs = triton.cdiv(tokens, block["BLOCK"])
     partial = torch.empty((programs, 2, count), **empty)
     dscale, dbase = torch.empty_like(scale), torch.empty_like(base)
     if tokens:
-        walk = config("aggregate_backward", n)
-        aggregate_backward_kernel[(triton.cdiv(tokens, walk["BLOCK_T"]),)](
-            x, du, dpre, tokens, N=n, C=channels, **walk
+        options = walk("aggregate_backward", channels)
+        aggregate_backward_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
+            x, du, dpre, tokens, N=n, C=channels, **options
         )
         mapping_backward_kernel[(programs,)](
             m,
@@ -225,7 +237,7 @@ def mapping_backward(
             ROWS=rows,
             HEAD=head,
             ITERATIONS=iterations,
-            **options,
+            **block,
         )
     reduce_mapping_kernel[(1,)](
         partial,
@@ -289,7 +301,7 @@ def streams_backward(
     f, post, comb = merge or (None, None, None)
     dz, planes, coefficient, pre = mapped or (None, None, None, None)
     count = fn.shape[0] if mapped else 1
-    options = config("streams" if mapped else "post_streams", n)
+    options = config("streams" if mapped else "post_streams", n, x.dtype)
     chunks = triton.cdiv(channels, options["BLOCK_C"])
     ranges, size = 1, 0
     empty = dict(dtype=torch.float32, device=x.device)

@@ -79,7 +79,6 @@ def merge_map_kernel(
     MAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """X' and, of X' (or of X without MERGE), the partial products with fn and the sum of squares.
@@ -111,7 +110,7 @@ def merge_map_kernel(
     mask = (channel < C)[None, :]
     streams_ahead = load_tiles(x_ptr, rows[:, None] * (N * C) + channel[None, :], mask, C, N)
     f_ahead = load_tiles(f_ptr, rows[:, None] * C + channel[None, :], mask, 0, 1 if MERGE else 0)
-    for c in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
+    for c in range(start, stop, BLOCK_C):
         channel = c + columns
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         offsets = rows[:, None] * (N * C) + channel[None, :]

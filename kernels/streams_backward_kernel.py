@@ -82,7 +82,6 @@ def streams_backward_kernel(
     HAS_DX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (c, s): BLOCK_C channels of token range s. Per token, with X' the merged streams
@@ -130,7 +129,7 @@ def streams_backward_kernel(
     du_ahead = load_tiles(du_ptr, small, mask, 0, 1 if MAP else 0)
     if MAP:
         dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
-    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
+    for t in range(start, stop, BLOCK_T):
         rows = t + tl.arange(0, BLOCK_T).to(tl.int64)
         valid = rows < stop
         rows = tl.minimum(rows, tokens - 1)
@@ -183,7 +182,7 @@ def streams_backward_kernel(
                 g = mapped[o] + pre[o][:, None] * du + coefficient[:, None] * merged
                 if HAS_DX:
                     g += arriving[o]
-                narrows = narrows + (narrow,)
+                narrows = narrows + (narrow if PLANES == 2 else merged,)
             else:
                 g = arriving[o]
             if MERGE:
