@@ -1,7 +1,8 @@
 """mHC operators on residual streams x [..., n, C]; the equations are in :mod:`.reference`.
 
 Every function is differentiable in every tensor argument and takes
-``backend="auto" | "triton" | "torch"`` (:mod:`.dispatch`). This package needs torch, and triton for its kernels.
+``backend="auto" | "triton" | "torch"`` (:mod:`.dispatch`). This package needs torch, and triton
+where the Triton kernels serve.
 """
 
 from torch import Tensor
@@ -45,9 +46,7 @@ def _triton():
 def _choose(backend, tensors, residual_mixing="sinkhorn") -> str:
     """Triton or torch for a call on ``tensors``, the streams [..., n, C] first."""
     n, channels = tensors[0].shape[-2:]
-    return choose_backend(
-        backend, tensors, n=n, channels=channels, residual_mixing=residual_mixing
-    )
+    return choose_backend(backend, tensors, n=n, channels=channels, residual_mixing=residual_mixing)
 
 
 def sinkhorn(

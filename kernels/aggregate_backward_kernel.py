@@ -21,7 +21,7 @@ def aggregate_backward_kernel(
     last = tl.zeros_like(rows) + tokens - 1
     rows = tl.minimum(rows, last)
     sums = ()
-    for j in tl.static_range(N):
+    for _ in tl.static_range(N):
         sums = sums + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
     for c in range(0, C, BLOCK_C):
         channel = c + tl.arange(0, BLOCK_C)

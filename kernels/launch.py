@@ -20,13 +20,13 @@ from .streams_backward_kernel import streams_backward_kernel
 
 # One entry a kernel: block sizes and warps for n = 4 and bf16 streams (docs/kernels.md).
 CONFIGS = {
-    "merge": dict(BLOCK_T=8, BLOCK_C=256, num_warps=4, num_stages=1),
-    "map": dict(BLOCK_T=64, BLOCK_C=64, num_warps=8, num_stages=1),
-    "aggregate": dict(BLOCK_C=2048, num_warps=4, num_stages=1),
-    "aggregate_backward": dict(BLOCK_C=2048, num_warps=4, num_stages=1),
-    "mapping_backward": dict(BLOCK=8, num_warps=1),
-    "streams": dict(BLOCK_T=32, BLOCK_C=64, num_warps=8, num_stages=1),
-    "post_streams": dict(BLOCK_T=8, BLOCK_C=128, num_warps=4, num_stages=1),
+    "merge": {"BLOCK_T": 8, "BLOCK_C": 256, "num_warps": 4, "num_stages": 1},
+    "map": {"BLOCK_T": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1},
+    "aggregate": {"BLOCK_C": 2048, "num_warps": 4, "num_stages": 1},
+    "aggregate_backward": {"BLOCK_C": 2048, "num_warps": 4, "num_stages": 1},
+    "mapping_backward": {"BLOCK": 8, "num_warps": 1},
+    "streams": {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1},
+    "post_streams": {"BLOCK_T": 8, "BLOCK_C": 128, "num_warps": 4, "num_stages": 1},
 }
 # Tokens of one block of aggregate_kernel that computes mappings.
 MAPPING_BLOCK = 8
@@ -54,7 +54,7 @@ def walk(name: str, channels: int) -> dict:
     size = options["BLOCK_C"]
     while size > 512 and channels % size:
         size //= 2
-    return options | dict(BLOCK_T=options["BLOCK_C"] // size, BLOCK_C=size)
+    return options | {"BLOCK_T": options["BLOCK_C"] // size, "BLOCK_C": size}
 
 
 @lru_cache
@@ -201,7 +201,7 @@ def mapping_backward(
     du, dpost, dcomb = grads
     count = fn.shape[0]
     head = count == n
-    empty = dict(dtype=torch.float32, device=x.device)
+    empty = {"dtype": torch.float32, "device": x.device}
     dpre = torch.empty((tokens, n), **empty)
     dz = torch.empty((tokens, count), **empty)
     rows = padded_rows(count)
@@ -304,7 +304,7 @@ def streams_backward(
     options = config("streams" if mapped else "post_streams", n, x.dtype)
     chunks = triton.cdiv(channels, options["BLOCK_C"])
     ranges, size = 1, 0
-    empty = dict(dtype=torch.float32, device=x.device)
+    empty = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty_like(x)
     df = dpost = dcomb = dfn = dposts = dcombs = partial = None
     if merge:

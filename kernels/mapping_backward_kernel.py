@@ -39,11 +39,11 @@ def mapping_backward_kernel(
 ):
     """One program: BLOCK tokens. With L = m * scale + base and count mappings a token:
 
-        dz = r * dm [T, count]                         gradient of fn @ vec(X)
-        planes [T, 2 * ROWS]                           dz as bf16 hi and lo, zero-padded
-        coefficient = -r^2 / (nC) * sum(dm * m) [T]    of X, from r
-        pre [T, N]                                     as in the forward
-        partial [programs, 2, count]                   sums of dL and of dL * m over the tokens
+    dz = r * dm [T, count]                         gradient of fn @ vec(X)
+    planes [T, 2 * ROWS]                           dz as bf16 hi and lo, zero-padded
+    coefficient = -r^2 / (nC) * sum(dm * m) [T]    of X, from r
+    pre [T, N]                                     as in the forward
+    partial [programs, 2, count]                   sums of dL and of dL * m over the tokens
     """
     count: tl.constexpr = N if HEAD else (2 + N) * N
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -93,9 +93,7 @@ def mapping_backward_kernel(
         mask = valid[:, None, None]
         m = tl.load(m_ptr + at, mask=mask, other=0.0)
         scale = tl.load(scale_ptr + 2)
-        grad = tl.load(
-            dcomb_ptr + rows[:, None, None] * (N * N) + ij, mask=mask, other=0.0
-        )
+        grad = tl.load(dcomb_ptr + rows[:, None, None] * (N * N) + ij, mask=mask, other=0.0)
         logits = m * scale + tl.load(base_ptr + 2 * N + ij)
         dl = sinkhorn_backward(logits, grad, eps, ITERATIONS)
         dm = dl * scale

@@ -149,9 +149,7 @@ def merge_map_kernel(
                 merged_streams = merged_streams + (stream,)
         if MAP:
             side_by_side = concatenate(merged_streams, N, BLOCK_T, BLOCK_C)
-            products = tl.dot(
-                weight, tl.trans(side_by_side), products, input_precision=PRECISION
-            )
+            products = tl.dot(weight, tl.trans(side_by_side), products, input_precision=PRECISION)
 
     if MAP:
         if PLANES == 2:

@@ -224,9 +224,7 @@ def _post_pre(
     eps: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch.forward(
-        x, (f, post, comb), (fn, scale, base), iterations, eps, norm_eps
-    )
+    return launch.forward(x, (f, post, comb), (fn, scale, base), iterations, eps, norm_eps)
 
 
 @torch.library.custom_op("mhc::post_pre_backward", mutates_args=())
@@ -324,15 +322,11 @@ def pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`kernels.mhc_pre` by Triton."""
     *tokens, n, channels = x.shape
-    u, post, comb, _, _ = _pre(
-        _tokens(x, 2), *_mapping(fn, scale, base), iterations, eps, norm_eps
-    )
+    u, post, comb, _, _ = _pre(_tokens(x, 2), *_mapping(fn, scale, base), iterations, eps, norm_eps)
     return u.view(*tokens, channels), post.view(*tokens, n), comb.view(*tokens, n, n)
 
 
-def head(
-    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float
-) -> Tensor:
+def head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
     """:func:`kernels.mhc_head` by Triton."""
     u = _pre(_tokens(x, 2), *_mapping(fn, scale, base), 1, eps, norm_eps)[0]
     return u.view(*x.shape[:-2], x.shape[-1])
@@ -361,4 +355,9 @@ def post_pre(
         eps,
         norm_eps,
     )
-    return x_next.view(x.shape), u.view(f.shape), post_next.view(post.shape), comb_next.view(comb.shape)
+    return (
+        x_next.view(x.shape),
+        u.view(f.shape),
+        post_next.view(post.shape),
+        comb_next.view(comb.shape),
+    )

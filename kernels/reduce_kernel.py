@@ -5,9 +5,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["parts", "width"])
-def reduce_kernel(
-    partial_ptr, out_ptr, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
-):
+def reduce_kernel(partial_ptr, out_ptr, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
     """out[j] = sum_s partial[s, j] in an order of its own, always the same; [parts, width]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, BLOCK_S)

@@ -93,7 +93,7 @@ def streams_backward_kernel(
         dX[i]      = sum_o comb[i, o] dX'[o]          dcomb[i, o] = X[i] . dX'[o]
 
     Writes dx [T, N, C] (dX, or dX' without MERGE), df [T, C], this chunk's share of dpost
-    [chunks, T, N] and dcomb [chunks, T, N, N], this range's share of dfn to dfn [ranges, COUNT, N * C].
+    [chunks, T, N] and dcomb [chunks, T, N, N], this range's share of dfn [ranges, COUNT, N * C].
     A block owns channels and walks the tokens, so that its slice of fn is read once and its slice
     of dfn stays in registers.
     """
@@ -144,7 +144,7 @@ def streams_backward_kernel(
             comb = load_scalars(comb_ptr, rows, N * N, N * N)
             df = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
             dx = ()
-            for i in tl.static_range(N):
+            for _ in tl.static_range(N):
                 dx = dx + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
         if MAP:
             du = du_ahead[0].to(tl.float32)
