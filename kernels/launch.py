@@ -33,7 +33,7 @@ MAPPING_BLOCK = 8
 # Blocks of merge_map_kernel and of streams_backward_kernel that one multiprocessor holds.
 MAP_RESIDENT = 1
 STREAMS_RESIDENT = 1
-REDUCE_BLOCK = 512
+REDUCE_BLOCK = 256
 
 
 def config(name: str, n: int, dtype: torch.dtype) -> dict:
@@ -270,14 +270,24 @@ def pieces(units: int, programs: int, slots: int) -> tuple[int, int]:
     return triton.cdiv(units, size), size
 
 
-def reduce(partial: Tensor) -> Tensor:
-    """Sum of float32 ``partial`` over its first dimension, in order."""
+def reduce(partial: Tensor, aligned: int) -> Tensor:
+    """Sum of float32 ``partial`` over its first dimension, in a fixed order.
+
+    The other dimensions hold a multiple of ``aligned`` elements, 1, 2 or 4.
+    """
     if partial.shape[0] == 1:
         return partial[0]
     out = torch.empty_like(partial[0])
     if out.numel():
         reduce_kernel[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
-            partial, out, partial.shape[0], out.numel(), BLOCK_S=8, BLOCK=REDUCE_BLOCK
+            partial,
+            out,
+            partial.shape[0],
+            out.numel() // aligned,
+            VECTOR=aligned,
+            BLOCK_S=16,
+            BLOCK=REDUCE_BLOCK,
+            num_stages=1,
         )
     return out
 
@@ -350,7 +360,7 @@ def streams_backward(
             **options,
         )
     if merge:
-        dpost, dcomb = reduce(dposts), reduce(dcombs)
+        dpost, dcomb = reduce(dposts, min(n, 4)), reduce(dcombs, 4)
     if mapped:
-        dfn = reduce(partial)
+        dfn = reduce(partial, 4)
     return dx, df, dpost, dcomb, dfn

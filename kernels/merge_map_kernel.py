@@ -114,7 +114,8 @@ def merge_map_kernel(
         channel = c + columns
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         offsets = rows[:, None] * (N * C) + channel[None, :]
-        streams = to_float(streams_ahead, N)
+        tiles = streams_ahead
+        streams = to_float(tiles, N)
         if MERGE:
             f = f_ahead[0].to(tl.float32)
         if MAP:
@@ -134,19 +135,18 @@ def merge_map_kernel(
         merged_streams = ()
         for o in tl.static_range(N):
             if MERGE:
-                merged = merge_stream(streams, f, post, comb, o, N)
-                stream = merged.to(x_next_ptr.dtype.element_ty)
+                wide = merge_stream(streams, f, post, comb, o, N)
+                stream = wide.to(x_next_ptr.dtype.element_ty)
                 tl.store(
                     x_next_ptr + offsets + o * C, stream, mask=valid[:, None] & inside[None, :]
                 )
             else:
-                stream = streams[o].to(x_ptr.dtype.element_ty)
+                wide = streams[o]
+                stream = tiles[o]
             if MAP:
-                wide = stream.to(tl.float32)
+                # Squares before rounding: nearer the truth, and a conversion less.
                 squares += wide * wide
-                if PLANES == 1:
-                    stream = wide
-                merged_streams = merged_streams + (stream,)
+                merged_streams = merged_streams + (stream if PLANES == 2 else wide,)
         if MAP:
             side_by_side = concatenate(merged_streams, N, BLOCK_T, BLOCK_C)
             products = tl.dot(weight, tl.trans(side_by_side), products, input_precision=PRECISION)

@@ -4,14 +4,26 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["parts", "width"])
-def reduce_kernel(partial_ptr, out_ptr, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """out[j] = sum_s partial[s, j] in an order of its own, always the same; [parts, width]."""
+@triton.jit(do_not_specialize=["parts", "groups"])
+def reduce_kernel(
+    partial_ptr,
+    out_ptr,
+    parts,
+    groups,
+    VECTOR: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[j] = sum_s partial[s, j] in an order that is always the same.
+
+    partial [parts, groups * VECTOR] float32; VECTOR tells the compiler how rows are aligned.
+    """
+    width = groups.to(tl.int64) * VECTOR
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, BLOCK_S)
     total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
     for first in range(0, parts, BLOCK_S):
-        s = (first + part).to(tl.int64)
+        s = first + part
         mask = (s < parts)[:, None] & (at < width)[None, :]
         total += tl.load(partial_ptr + s[:, None] * width + at[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + at, tl.sum(total, 0), mask=at < width)

@@ -136,7 +136,8 @@ def streams_backward_kernel(
         small = rows[:, None] * C + channel[None, :]
         wide = rows[:, None] * (N * C) + channel[None, :]
         store = valid[:, None] & inside[None, :]
-        streams = to_float(streams_ahead, N)
+        tiles = streams_ahead
+        streams = to_float(tiles, N)
         arriving = to_float(arriving_ahead, N if HAS_DX else 0)
         if MERGE:
             f = f_ahead[0].to(tl.float32)
@@ -174,11 +175,11 @@ def streams_backward_kernel(
         for o in tl.static_range(N):
             if MAP:
                 if MERGE:
-                    narrow = merge_stream(streams, f, post, comb, o, N).to(x_ptr.dtype.element_ty)
-                    merged = narrow.to(tl.float32)
+                    merged = merge_stream(streams, f, post, comb, o, N)
+                    narrow = merged.to(x_ptr.dtype.element_ty)
                 else:
                     merged = streams[o]
-                    narrow = merged.to(x_ptr.dtype.element_ty)
+                    narrow = tiles[o]
                 g = mapped[o] + pre[o][:, None] * du + coefficient[:, None] * merged
                 if HAS_DX:
                     g += arriving[o]

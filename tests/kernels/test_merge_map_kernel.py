@@ -21,11 +21,11 @@ def test_merge_and_mappings(dtype):
     x_next, u, *_, m, r = launch.forward(x, (f, post, comb), (fn, scale, base), 20, 1e-6, 1e-6)
     exact = reference.mhc_post(x.double(), f.double(), post.double(), comb.double())
     assert relative_error(x_next, exact) < (5e-3 if dtype == torch.bfloat16 else 1e-6)
-    # Of the merged streams as they were written, products are as good as tf32's or better.
+    # Sums of squares are taken before rounding, products after; tf32's are good to 3e-4.
     flat = x_next.double().flatten(1)
     root = torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6)
-    assert relative_error(r, root[:, 0]) < 1e-6
-    assert relative_error(m, root * (flat @ fn.double().T)) < 2e-5
+    assert relative_error(r, torch.rsqrt(exact.square().mean((1, 2)) + 1e-6)) < 1e-6
+    assert relative_error(m, root * (flat @ fn.double().T)) < 2e-4
     assert u.dtype == dtype
 
 
