@@ -17,10 +17,10 @@ from collections import defaultdict
 
 import torch
 import triton
-from megatron_mhc.kernels import launch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mhc import kernels
+from megatron_mhc.kernels import launch
 
 N, OPTIONS = 4, {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 # Least traffic of each operator in units of C elements a token, forward and backward

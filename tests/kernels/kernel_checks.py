@@ -1,9 +1,9 @@
 """Random inputs of the mHC operators, and Triton against the float64 reference."""
 
 import torch
-from megatron_mhc.kernels import reference
 
 from megatron_mhc import kernels
+from megatron_mhc.kernels import reference
 
 OPTIONS = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 # Relative errors ||ours - float64|| / ||float64||. bfloat16: the streams' own rounding. float32:

@@ -4,6 +4,7 @@ import interpreter  # noqa: F401
 import pytest
 import torch
 from kernel_checks import relative_error
+
 from megatron_mhc.kernels import launch
 
 
