@@ -35,7 +35,7 @@ SWEEP = {
         {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 2},
         {"BLOCK_T": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 1, "resident": 2},
         {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "resident": 1},
+        {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "resident": 2},
     ],
     "streams": [
         {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 1},
