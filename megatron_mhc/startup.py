@@ -29,7 +29,13 @@ def _model_line(args: argparse.Namespace, mhc: MHCConfig | None) -> str:
     line = f"mHC: {mhc.num_streams} residual streams, {mhc.residual_mixing} mixing"
     if mhc.residual_mixing == "sinkhorn":
         line += f" with {mhc.sinkhorn_iterations} iterations"
-    return f"{line}, kernels: {kernels.choose_backend(mhc.backend)} (--mhc-backend {mhc.backend})"
+    chosen = kernels.choose_backend(
+        mhc.backend,
+        n=mhc.num_streams,
+        channels=args.hidden_size,
+        residual_mixing=mhc.residual_mixing,
+    )
+    return f"{line}, kernels: {chosen} (--mhc-backend {mhc.backend})"
 
 
 def parse_arguments() -> PretrainConfigContainer:

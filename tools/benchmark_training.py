@@ -3,8 +3,9 @@
 
     python tools/benchmark_training.py --data data/stdlib --out OUT_FOLDER [--cases plain-bf16 ...]
 
-Each case is one run of examples/pretrain_gpt.py on the same tokens from the same seed. Writes
-training.json, training.md (a table) and training.png into the output folder.
+Each case is one run of examples/pretrain_gpt.py on the same tokens from the same seed, one after
+the other; only their imports, which take longest, run at the same time, before the first of them.
+Writes training.json, training.md (a table) and training.png into the output folder.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +34,19 @@ PRECISIONS = {
     "fp8-blockwise": ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"],
 }
 CASES = [f"{model}-{precision}" for precision in PRECISIONS for model in ("plain", "mhc")]
+PRELOAD = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+from megatron_mhc import environment
+environment.prepare()
+import megatron_mhc.pretraining, megatron_mhc.startup
+print("preloaded", file=sys.__stdout__, flush=True)
+if not sys.stdin.readline():
+    sys.exit("the benchmark ended before this run")
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Imports what a run needs, waits for a line, runs."""
 WARM_UP = 50
 """Steps left out of the step time: compilation, allocation, Megatron's first-step checks."""
 
@@ -70,26 +85,47 @@ def command(args, case: str, folder: Path) -> list[str]:
         "tensorboard-dir": folder,
         "tensorboard-log-interval": 1,
     }
-    words = [sys.executable, str(ROOT / "examples" / "pretrain_gpt.py"), "--bf16", "--swiglu"]
+    words = [str(ROOT / "examples" / "pretrain_gpt.py"), "--bf16", "--swiglu"]
     words += ["--disable-bias-linear", "--untie-embeddings-and-output-weights"]
     words += ["--no-create-attention-mask-in-dataloader", "--use-distributed-optimizer"]
     words += ["--no-gradient-accumulation-fusion"]
     words += PRECISIONS[precision]
     if model == "mhc":
         words += ["--mhc", "--mhc-log-gain-interval", str(args.steps // 6)]
+        words += ["--mhc-backend", args.backend]
     for name, value in flags.items():
         words += [f"--{name}", str(value)]
     return words
 
 
-def train(args, case: str) -> dict:
+def preload(args, case: str) -> subprocess.Popen:
+    """A run that has begun to import and waits for its turn."""
     folder = args.out / case
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", PRELOAD, str(ROOT), *command(args, case, folder)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def wait_until_loaded(args, runs: dict[str, subprocess.Popen]) -> None:
+    """Returns when no import is left that could disturb a step time."""
+    for case, process in runs.items():
+        log = args.out / case / "log.txt"
+        while "preloaded" not in log.read_text() and process.poll() is None:
+            time.sleep(0.5)
+
+
+def train(args, case: str, process: subprocess.Popen) -> dict:
+    folder = args.out / case
     log = folder / "log.txt"
-    words = command(args, case, folder)
-    print(f"$ {' '.join(words)}", flush=True)
-    with open(log, "w") as out:
-        status = subprocess.run(words, stdout=out, stderr=subprocess.STDOUT).returncode
+    print(f"$ python3 {' '.join(command(args, case, folder))}", flush=True)
+    process.communicate("\n")
+    status = process.returncode
     lines = log.read_text().splitlines()
     if status:
         tail = "\n".join(lines[-30:])
@@ -136,6 +172,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="prefix given to prepare_data.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--backend", default="auto", help="--mhc-backend of the mHC runs [auto]")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=1536)
@@ -144,8 +181,10 @@ def main() -> None:
     if args.steps <= WARM_UP:
         raise UserError(f"--steps {args.steps}: more than {WARM_UP} are needed for a step time")
     results = []
-    for case in args.cases:
-        results.append(train(args, case))
+    runs = {case: preload(args, case) for case in args.cases}
+    wait_until_loaded(args, runs)
+    for case, process in runs.items():
+        results.append(train(args, case, process))
         # After every case: a run cut short keeps what it has.
         (args.out / "training.json").write_text(json.dumps(results, indent=1))
         (args.out / "training.md").write_text(table(results) + "\n")
