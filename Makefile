@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 DATA := data/stdlib
 RUN := runs
-STEPS := 400
+STEPS := 500
 
 .PHONY: setup pretrain compare test lint gpu-test help
 

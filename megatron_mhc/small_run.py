@@ -34,13 +34,13 @@ class SmallRun:
         folder: takes log, checkpoints, TensorBoard events; an interrupted run there is resumed.
         data: prefix of the prepared pairs, ``<data>_train`` and ``<data>_valid``.
         mixing: one of ``MIXINGS``; "plain" is the model without mHC.
-        steps: training steps of 4096 bytes each.
+        steps: training steps of 2048 bytes each.
     """
 
     folder: Path
     data: Path
     mixing: str = "sinkhorn"
-    steps: int = 400
+    steps: int = 500
 
     def command(self) -> list[str]:
         """The command line, for a user to read and change."""
@@ -52,8 +52,8 @@ class SmallRun:
             "num-attention-heads": 4,
             "seq-length": 256,
             "max-position-embeddings": 256,
-            "micro-batch-size": 16,
-            "global-batch-size": 16,
+            "micro-batch-size": 8,
+            "global-batch-size": 8,
             "train-iters": self.steps,
             "lr": 4e-3,
             "min-lr": 4e-4,

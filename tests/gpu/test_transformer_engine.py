@@ -20,11 +20,11 @@ def test_initial_logits_equal_plain_transformer_engine_model():
     assert (logits - expected).norm() / expected.norm() < 1e-4
 
 
-def bf16_model(**overrides):
+def bf16_model(mhc=MHC, **overrides):
     from megatron.core.transformer.module import Float16Module
 
     model = build_gpt(
-        MHC,
+        mhc,
         transformer_engine=True,
         bf16=True,
         params_dtype=torch.bfloat16,
@@ -84,11 +84,16 @@ def test_fp8_loss_is_near_bf16():
     ],
 )
 def test_recompute_gives_the_same_gradients(recompute):
-    """Bit for bit, with dropout: the recomputed forward draws the same masks."""
+    """Bit for bit, with dropout: the recomputed forward draws the same masks.
+
+    Full recompute separates each merge from the mapping after it, which the Triton kernels fuse:
+    one more rounding to bf16, so there the comparison is between PyTorch's kernels.
+    """
+    mhc = MHCConfig(backend="torch") if recompute["recompute_granularity"] == "full" else MHC
     tokens, positions, labels = random_tokens(batch=2, length=64)
     gradients = []
     for settings in ({}, recompute):
-        model = bf16_model(hidden_dropout=0.1, **settings)
+        model = bf16_model(mhc, hidden_dropout=0.1, **settings)
         model(tokens, positions, None, labels=labels).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
