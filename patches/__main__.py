@@ -1,9 +1,9 @@
 """``python -m megatron_mhc.patches``: every patch and its state on the installed Megatron."""
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_mhc import environment
+from megatron_mhc.report.console import table_console
 
 from . import megatron_version, status
 
@@ -17,9 +17,7 @@ def main() -> None:
         state = f"{row.state}: {row.detail}" if row.detail else row.state
         tested = ", ".join(row.patch.tested)
         table.add_row(row.patch.name, state, row.patch.target, row.patch.reason, tested)
-    console = Console()
-    # A pipe has no width of its own; 80 columns would fold every target in two.
-    (console if console.is_terminal else Console(width=160)).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Every test sees fresh random numbers of a fixed seed, and Megatron one process to run in."""
+"""Every test sees fresh random numbers of a fixed seed; without a GPU, Triton is interpreted."""
 
 import os
 
 import pytest
+import torch
 
-# The CPU stand-ins must be in place before anything imports Megatron.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+if not torch.cuda.is_available():
+    # Read when Triton is imported, so before any test module is.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    import torch
-
     torch.manual_seed(1234)

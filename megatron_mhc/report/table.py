@@ -1,8 +1,8 @@
 """Runs side by side, as a table on the terminal."""
 
-from rich.console import Console
 from rich.table import Table
 
+from .console import table_console
 from .curves import LOSS, VALIDATION_LOSS, Curve, Run
 
 
@@ -24,4 +24,4 @@ def print_table(runs: list[Run]) -> None:
             _last(run.curve(VALIDATION_LOSS), ".4f"),
             "-" if gain is None else f"{gain:.4g}",
         )
-    Console().print(table)
+    table_console().print(table)

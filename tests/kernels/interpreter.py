@@ -1,18 +1,14 @@
-"""Runs the Triton kernels on a CPU: import this before the kernels.
+"""Mends Triton's interpreter, by which these tests run the kernels on a CPU (tests/conftest.py).
 
-Mends what Triton 3.6's interpreter lacks: scalars as indices under numpy >= 2.5, rounding to
-bfloat16 (it truncates), and products of bfloat16 (it multiplies the bit patterns).
+Triton 3.6's lacks scalars as indices under numpy >= 2.5, rounding to bfloat16 (it truncates), and
+products of bfloat16 (it multiplies the bit patterns). Import this before the kernels.
 """
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _patch_tensor = interpreter._patch_lang_tensor
 _cast = InterpreterBuilder.cast_impl

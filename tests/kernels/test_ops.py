@@ -1,6 +1,6 @@
 """Every operator by Triton's interpreter, outputs and all gradients, against float64."""
 
-import interpreter  # noqa: F401  (first: it turns the interpreter on)
+import interpreter  # noqa: F401  (first: it mends the interpreter)
 import pytest
 import torch
 from kernel_checks import OPTIONS, TOLERANCE, errors, operators, run, streams_inputs
