@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_mhc import kernels
 
 from .config import MHCConfig
-from .parameters import Float32Parameters, float32_parameter, logit, rotate
+from .parameters import Float32Parameters, logit, rotate
 from .state import Residual, StreamState
 
 OFF_DIAGONAL_LOGIT = -4.0
@@ -52,13 +52,13 @@ class HyperConnection(Float32Parameters):
         self.config = config
         self.norm_eps = norm_eps
         shapes = kernels.mapping_shapes(config.residual_mixing, n, hidden_size)
-        values = {
-            "fn": torch.zeros(shapes["fn"]),
-            "scale": torch.full(shapes["scale"], config.init_gating_factor),
-            "base": _initial_base(config, sublayer),
-        }
-        for name, value in values.items():
-            self.register_parameter(name, float32_parameter(value, device, sequence_parallel))
+        self.add_parameters(
+            device,
+            sequence_parallel,
+            fn=torch.zeros(shapes["fn"]),
+            scale=torch.full(shapes["scale"], config.init_gating_factor),
+            base=_initial_base(config, sublayer),
+        )
 
     def forward(self, state: StreamState) -> tuple[Tensor, Residual]:
         """The sublayer's input u [..., C], and what merges its output.

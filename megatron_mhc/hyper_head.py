@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_mhc import kernels
 
 from .config import MHCConfig
-from .parameters import Float32Parameters, float32_parameter, logit
+from .parameters import Float32Parameters, logit
 from .state import StreamState
 
 
@@ -34,13 +34,13 @@ class HyperHead(Float32Parameters):
         self.config = config
         self.norm_eps = norm_eps
         shapes = kernels.head_shapes(n, hidden_size)
-        values = {
-            "fn": torch.zeros(shapes["fn"]),
-            "scale": torch.full(shapes["scale"], config.init_gating_factor),
-            "base": torch.full(shapes["base"], logit(1 / n - config.eps)),
-        }
-        for name, value in values.items():
-            self.register_parameter(name, float32_parameter(value, device, sequence_parallel))
+        self.add_parameters(
+            device,
+            sequence_parallel,
+            fn=torch.zeros(shapes["fn"]),
+            scale=torch.full(shapes["scale"], config.init_gating_factor),
+            base=torch.full(shapes["base"], logit(1 / n - config.eps)),
+        )
 
     def forward(self, state: StreamState) -> Tensor:
         """h [..., C] of the streams' dtype; a pending merge is formed first."""

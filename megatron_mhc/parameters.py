@@ -23,16 +23,16 @@ class Float32Parameters(torch.nn.Module):
 
         return super()._apply(keep_float32, recurse)
 
+    def add_parameters(self, device, sequence_parallel: bool, **values: Tensor) -> None:
+        """Register ``values`` as float32 parameters with Megatron's mark for split tokens.
 
-def float32_parameter(values: Tensor, device, sequence_parallel: bool) -> torch.nn.Parameter:
-    """A float32 parameter with Megatron's mark for tensors whose tokens are split.
-
-    With ``sequence_parallel`` each tensor-parallel rank sees a part of the tokens, so Megatron sums
-    the gradients of marked parameters over these ranks.
-    """
-    parameter = torch.nn.Parameter(values.to(device=device, dtype=torch.float32))
-    parameter.sequence_parallel = sequence_parallel
-    return parameter
+        With ``sequence_parallel`` each tensor-parallel rank sees a part of the tokens, so Megatron
+        sums the gradients of marked parameters over these ranks.
+        """
+        for name, value in values.items():
+            parameter = torch.nn.Parameter(value.to(device=device, dtype=torch.float32))
+            parameter.sequence_parallel = sequence_parallel
+            self.register_parameter(name, parameter)
 
 
 def logit(p: float) -> float:
