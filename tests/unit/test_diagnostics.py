@@ -1,5 +1,7 @@
 """Gains as the paper defines them, recorded from a running model, at no cost when off."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -74,3 +76,45 @@ def test_unconstrained_gains_can_exceed_one(diagnostics):
     with diagnostics.recorded(model) as records:
         model(tokens, positions, None)
     assert diagnostics.summarize(records)["mhc/composite_forward_gain"] > 2
+
+
+class FakeWriters:
+    """Stands for TensorBoard's writer and W&B's run."""
+
+    def __init__(self):
+        self.tensorboard, self.wandb = {}, {}
+
+    def add_scalar(self, name, value, step):
+        self.tensorboard.setdefault(step, {})[name] = value
+
+    def log(self, scalars, step):
+        self.wandb[step] = scalars
+
+
+def test_gain_log_writes_once_every_interval_to_both_writers(diagnostics, monkeypatch):
+    args, writers = SimpleNamespace(mhc=True, mhc_log_gain_interval=2), FakeWriters()
+    monkeypatch.setattr(diagnostics, "get_args", lambda: args)
+    monkeypatch.setattr(diagnostics, "get_tensorboard_writer", lambda: writers)
+    monkeypatch.setattr(diagnostics, "get_wandb_writer", lambda: writers)
+    model, gain_log = build_gpt(MHCConfig()), diagnostics.GainLog()
+    tokens, positions, _ = random_tokens()
+
+    def step(iteration, training=True):
+        args.curr_iteration = iteration
+        model.train(training)
+        with gain_log.around_forward(model):
+            model(tokens, positions, None)
+
+    for iteration in range(5):
+        step(iteration)
+        step(iteration)  # another micro-batch of the same step
+    step(5, training=False)  # validation
+    assert list(writers.tensorboard) == [1, 2, 4]
+    assert writers.wandb == writers.tensorboard
+    logged = writers.tensorboard[4]
+    assert logged["mhc/composite_forward_gain"] == pytest.approx(1, abs=1e-4)
+    assert "mhc-comb_diagonal/layer_002/mlp" in logged
+
+    args.mhc_log_gain_interval = 0
+    step(6)
+    assert 7 not in writers.tensorboard
