@@ -21,6 +21,7 @@ from megatron_mhc.errors import UserError  # noqa: E402
 
 def main() -> None:
     environment.prepare()
+    environment.set_single_process()
     # Megatron can be imported only now: environment.prepare() made that possible.
     from megatron.core.enums import ModelType
     from megatron.training import pretrain

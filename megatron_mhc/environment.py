@@ -59,7 +59,10 @@ def check_transformer_engine() -> None:
 
 
 def set_single_process() -> None:
-    """Without a launcher this process is the whole job: what torchrun would have set."""
+    """Without a launcher this process is the whole job: set what torchrun would have set.
+
+    For entry scripts only: processes that they start inherit it.
+    """
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -77,7 +80,6 @@ def prepare() -> None:
     """
     check_megatron()
     check_transformer_engine()
-    set_single_process()
     import torch
 
     if not torch.cuda.is_available():

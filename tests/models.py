@@ -14,7 +14,10 @@ def start_megatron() -> None:
 
     if not torch.distributed.is_initialized():
         on_gpu = torch.cuda.is_available()
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
+        # A store of its own: nothing in the environment that a test's subprocess could inherit.
+        store = torch.distributed.HashStore()
+        backend = "nccl" if on_gpu else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     patches.apply()
