@@ -47,6 +47,7 @@ def _triton_problem(
     n: int | None,
     channels: int | None,
     residual_mixing: str,
+    dtype: torch.dtype | None,
 ) -> str | None:
     """Why the Triton kernels cannot serve a call, in one line, or None."""
     if residual_mixing != "sinkhorn":
@@ -55,9 +56,10 @@ def _triton_problem(
         return f"n={n} is not one of {', '.join(map(str, TRITON_STREAMS))}"
     if channels is not None and channels % 8:
         return f"C={channels} is not a multiple of 8"
-    for tensor in tensors:
-        if tensor.dtype not in TRITON_DTYPES:
-            return f"{tensor.dtype} has no kernel"
+    dtypes = [tensor.dtype for tensor in tensors] if dtype is None else [dtype]
+    for found in dtypes:
+        if found not in TRITON_DTYPES:
+            return f"{found} has no kernel"
     # Triton's interpreter is for tests that ask for it by name: nobody wants it chosen for them.
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -79,6 +81,7 @@ def choose_backend(
     n: int | None = None,
     channels: int | None = None,
     residual_mixing: str = "sinkhorn",
+    dtype: torch.dtype | None = None,
 ) -> str:
     """The implementation that serves a call, in words: "triton" or "torch".
 
@@ -88,6 +91,7 @@ def choose_backend(
         backend: one of ``BACKENDS``.
         tensors: the call's; without any, the answer is for this machine.
         n, channels, residual_mixing: of the call, where it has them.
+        dtype: of the streams, where there are no tensors to tell.
 
     Raises:
         ValueError: backend is none of ``BACKENDS``.
@@ -96,7 +100,7 @@ def choose_backend(
     check_backend(backend)
     if backend == "torch":
         return "torch"
-    problem = _triton_problem(backend, tensors, n, channels, residual_mixing)
+    problem = _triton_problem(backend, tensors, n, channels, residual_mixing, dtype)
     if problem is None:
         return "triton"
     if backend == "triton":

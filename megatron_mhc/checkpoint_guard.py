@@ -36,7 +36,7 @@ def complete_iterations(folder: Path) -> list[int]:
 
 
 def repair_tracker(folder: Path) -> str | None:
-    """Point a missing or cut-off tracker at the newest complete checkpoint.
+    """Point a cut-off tracker at the newest complete checkpoint.
 
     Megatron truncates the tracker before it writes it, so a kill between the two leaves it empty.
 
@@ -96,6 +96,8 @@ def check_checkpoint(args: argparse.Namespace) -> list[str]:
         said.append(repaired)
     iteration = getattr(args, "ckpt_step", None) or latest_iteration(folder)
     if iteration is None:
+        if (folder / TRACKER).is_file():
+            said.append(f"mHC: {folder / TRACKER} names no iteration; mHC settings are not checked")
         return said
     checkpoint = folder / f"iter_{iteration:07d}"
     saved = saved_settings(checkpoint)

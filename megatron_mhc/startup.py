@@ -29,12 +29,16 @@ def _model_line(args: argparse.Namespace, mhc: MHCConfig | None) -> str:
     line = f"mHC: {mhc.num_streams} residual streams, {mhc.residual_mixing} mixing"
     if mhc.residual_mixing == "sinkhorn":
         line += f" with {mhc.sinkhorn_iterations} iterations"
-    chosen = kernels.choose_backend(
-        mhc.backend,
-        n=mhc.num_streams,
-        channels=args.hidden_size,
-        residual_mixing=mhc.residual_mixing,
-    )
+    try:
+        chosen = kernels.choose_backend(
+            mhc.backend,
+            n=mhc.num_streams,
+            channels=args.hidden_size,
+            residual_mixing=mhc.residual_mixing,
+            dtype=args.params_dtype,
+        )
+    except RuntimeError as problem:
+        raise UserError(f"--mhc-{problem}") from None
     return f"{line}, kernels: {chosen} (--mhc-backend {mhc.backend})"
 
 

@@ -73,6 +73,10 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             "--mhc --recompute-granularity selective --recompute-modules mla_up_proj mlp",
             r"--recompute-modules mla_up_proj: does not work with --mhc yet; use some of core_attn",
         ),
+        (
+            "--mhc --recompute-granularity selective --recompute-modules layernorm",
+            r"--recompute-modules layernorm: .* use some of core_attn mlp,",
+        ),
         ("--mhc --overlap-moe-expert-parallel-comm", r"--overlap-moe-expert-parallel-comm: does"),
         ("--mhc --fine-grained-activation-offloading", r"--fine-grained-activation-offloading"),
         ("--mhc --use-megatron-fsdp", r"--use-megatron-fsdp: .*Megatron's own DDP"),

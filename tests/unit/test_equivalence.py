@@ -42,10 +42,21 @@ def test_any_number_of_streams_starts_as_the_plain_model(streams):
     ids=["layernorm-bias", "tied", "multi-head", "gelu", "moe"],
 )
 def test_model_variants_start_as_their_plain_model(variant):
-    tokens, positions, _ = random_tokens()
-    expected = build_gpt(None, **variant)(tokens, positions, None)
-    logits = build_gpt(MHCConfig(), **variant)(tokens, positions, None)
+    """Logits, and the gradients of every parameter that the plain model has."""
+    tokens, positions, labels = random_tokens()
+    gradients = []
+    for mhc in (None, MHCConfig()):
+        model = build_gpt(mhc, **variant)
+        loss = model(tokens, positions, None, labels=labels).mean()
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append((model(tokens, positions, None), loss, found))
+    (expected, plain_loss, plain), (logits, loss, ours) = gradients
     assert relative_error(logits, expected) < 1e-5
+    assert relative_error(loss, plain_loss) < 1e-5
+    assert len(plain) > 5
+    for name, gradient in plain.items():
+        assert relative_error(ours[name], gradient) < 1e-4, name
 
 
 def test_streams_separate_from_the_first_step():

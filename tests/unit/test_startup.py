@@ -1,0 +1,48 @@
+"""What the start-up line says of the model, and what it refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mhc import MHCConfig, environment
+from megatron_mhc.errors import UserError
+from megatron_mhc.kernels import dispatch
+
+
+@pytest.fixture(scope="module")
+def model_line():
+    environment.prepare()
+    from megatron_mhc.startup import _model_line
+
+    return _model_line
+
+
+def arguments(dtype=torch.bfloat16, **fields):
+    return SimpleNamespace(mhc=True, hidden_size=64, params_dtype=dtype, **fields)
+
+
+def test_a_plain_model_is_named_plain(model_line):
+    assert "off (no --mhc)" in model_line(SimpleNamespace(mhc=False), None)
+    assert "off (--mhc-num-residual-streams 1)" in model_line(arguments(), None)
+
+
+def test_the_line_names_the_kernels_that_will_serve(model_line, monkeypatch):
+    monkeypatch.setattr(dispatch, "_device_problem", lambda device: None)
+    line = model_line(arguments(), MHCConfig())
+    assert "4 residual streams, sinkhorn mixing with 20 iterations, kernels: triton" in line
+    assert "kernels: torch" in model_line(arguments(torch.float16), MHCConfig())
+    assert "kernels: torch" in model_line(arguments(), MHCConfig(num_streams=3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "reason"),
+    [
+        ({"residual_mixing": "identity"}, torch.bfloat16, "residual_mixing='identity' has no"),
+        ({"num_streams": 3}, torch.bfloat16, "n=3 is not one of 2, 4, 8"),
+        ({}, torch.float16, "torch.float16 has no kernel"),
+    ],
+)
+def test_triton_that_cannot_serve_is_refused_with_its_flag(model_line, settings, dtype, reason):
+    with pytest.raises(UserError, match=f"--mhc-backend='triton': {reason}.*use backend='auto'"):
+        model_line(arguments(dtype), MHCConfig(backend="triton", **settings))
