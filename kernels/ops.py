@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .expand_kernel import launch_expand
+from .launch_backward import backward
 from .sinkhorn_kernel import launch_sinkhorn
 
 Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -117,7 +118,7 @@ def _post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 def _post_backward(
     x: Tensor, f: Tensor, post: Tensor, comb: Tensor, dx_next: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch.streams_backward(x, (f, post, comb), None, None, dx_next, None)[:4]
+    return backward(x, (f, post, comb), None, None, (dx_next, None, None, None))[:4]
 
 
 @_post.register_fake
@@ -166,10 +167,9 @@ def _pre_backward(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *mapped, dscale, dbase = launch.mapping_backward(
-        x, (fn, scale, base), (m, r), (du, dpost, dcomb), iterations, eps
+    dx, *_, dfn, dscale, dbase = backward(
+        x, None, (fn, scale, base), (x, m, r), (None, du, dpost, dcomb), iterations, eps
     )
-    dx, *_, dfn = launch.streams_backward(x, None, fn, tuple(mapped), None, du)
     return dx, dfn, dscale, dbase
 
 
@@ -246,11 +246,15 @@ def _post_pre_backward(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *mapped, dscale, dbase = launch.mapping_backward(
-        x_next, (fn, scale, base), (m, r), (du, dpost_next, dcomb_next), iterations, eps
+    return backward(
+        x,
+        (f, post, comb),
+        (fn, scale, base),
+        (x_next, m, r),
+        (dx_next, du, dpost_next, dcomb_next),
+        iterations,
+        eps,
     )
-    grads = launch.streams_backward(x, (f, post, comb), fn, tuple(mapped), dx_next, du)
-    return *grads, dscale, dbase
 
 
 @_post_pre.register_fake
