@@ -80,6 +80,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv costs microseconds outside a kernel."""
+    return -(-a // b)
+
+
+@lru_cache
 def padded_rows(count: int) -> int:
     """Rows of fn as the matrix units take them."""
     return max(16, triton.next_power_of_2(count))
@@ -96,7 +102,7 @@ def split_weight(fn: Tensor, dtype: torch.dtype) -> Tensor:
         device=fn.device,
     )
     block = 1024
-    split_weight_kernel[(rows, triton.cdiv(width, block))](
+    split_weight_kernel[(rows, cdiv(width, block))](
         fn, out, K=width, COUNT=count, ROWS=rows, PLANES=planes, BLOCK=block
     )
     return out
@@ -123,8 +129,8 @@ def forward(
     products = squares = planes = None
     rows, splits = 16, 1
     options = config("map" if mapping else "merge", n, x.dtype, x.device)
-    tiles = triton.cdiv(tokens, options["BLOCK_T"])
-    steps = triton.cdiv(channels, options["BLOCK_C"])
+    tiles = cdiv(tokens, options["BLOCK_T"])
+    steps = cdiv(channels, options["BLOCK_C"])
     if mapping:
         rows = padded_rows(fn.shape[0])
         planes = split_weight(fn, x.dtype)
@@ -166,9 +172,9 @@ def forward(
     post_next = torch.empty((kept, n), dtype=torch.float32, device=x.device)
     comb_next = torch.empty((kept, n, n), dtype=torch.float32, device=x.device)
     options = walk("aggregate", channels)
-    map_programs = triton.cdiv(tokens, MAPPING_BLOCK)
+    map_programs = cdiv(tokens, MAPPING_BLOCK)
     if tokens:
-        aggregate_kernel[(map_programs + triton.cdiv(tokens, options["BLOCK_T"]),)](
+        aggregate_kernel[(map_programs + cdiv(tokens, options["BLOCK_T"]),)](
             x_next if merge else x,
             products,
             squares,
@@ -196,6 +202,7 @@ def forward(
     return (x_next, *outputs) if merge else outputs
 
 
+@lru_cache
 def pieces(units: int, programs: int, slots: int) -> tuple[int, int]:
     """How many pieces ``units`` steps of ``programs`` programs are cut into, and units a piece.
 
@@ -204,9 +211,7 @@ def pieces(units: int, programs: int, slots: int) -> tuple[int, int]:
     """
     best = max(
         range(1, min(units, 16) + 1),
-        key=lambda count: (
-            count * programs / (triton.cdiv(count * programs, slots) * slots) - 0.01 * count
-        ),
+        key=lambda count: count * programs / (cdiv(count * programs, slots) * slots) - 0.01 * count,
     )
-    size = triton.cdiv(units, best)
-    return triton.cdiv(units, size), size
+    size = cdiv(units, best)
+    return cdiv(units, size), size

@@ -10,7 +10,16 @@ import triton
 from torch import Tensor
 
 from .aggregate_backward_kernel import aggregate_backward_kernel
-from .launch import CONFIGS, STREAMS_RESIDENT, config, multiprocessors, padded_rows, pieces, walk
+from .launch import (
+    CONFIGS,
+    STREAMS_RESIDENT,
+    cdiv,
+    config,
+    multiprocessors,
+    padded_rows,
+    pieces,
+    walk,
+)
 from .mapping_backward_kernel import mapping_backward_kernel
 from .reduce_kernel import reduce_kernel
 from .streams_backward_kernel import streams_backward_kernel
@@ -88,17 +97,17 @@ def mapping_backward(
     count = fn.shape[0]
     rows = padded_rows(count)
     empty = {"dtype": torch.float32, "device": fn.device}
-    width = rows + triton.next_power_of_2(n * n + 2 * n + 1)
+    width = rows + padded_rows(n * n + 2 * n + 1)
     numbers = torch.empty((tokens, width), **empty)
     planes = torch.empty((tokens, 2 * rows), dtype=torch.bfloat16, device=fn.device)
     block = CONFIGS["mapping_backward"]
-    programs = triton.cdiv(tokens, block["BLOCK"])
+    programs = cdiv(tokens, block["BLOCK"])
     parts = torch.empty((programs, 2, count), **empty)
     if not tokens:
         return numbers, planes, parts
     dpre = torch.empty((tokens, n), **empty)
     options = walk("aggregate_backward", channels)
-    aggregate_backward_kernel[(triton.cdiv(tokens, options["BLOCK_T"]),)](
+    aggregate_backward_kernel[(cdiv(tokens, options["BLOCK_T"]),)](
         x_next, du, dpre, tokens, N=n, C=channels, **options
     )
     mapping_backward_kernel[(programs,)](
@@ -146,7 +155,7 @@ def streams_backward(
     mapped = fn is not None
     count = fn.shape[0] if mapped else 1
     options = config("streams" if mapped else "post_streams", n, x.dtype, x.device)
-    chunks = triton.cdiv(channels, options["BLOCK_C"])
+    chunks = cdiv(channels, options["BLOCK_C"])
     ranges, size = 1, 0
     empty = {"dtype": torch.float32, "device": x.device}
     dx = torch.empty_like(x)
@@ -158,7 +167,7 @@ def streams_backward(
     if tokens:
         resident = STREAMS_RESIDENT if mapped else 2
         slots = resident * multiprocessors(x.device)
-        ranges, size = pieces(triton.cdiv(tokens, options["BLOCK_T"]), chunks, slots)
+        ranges, size = pieces(cdiv(tokens, options["BLOCK_T"]), chunks, slots)
         size *= options["BLOCK_T"]
     if mapped:
         shape = (ranges, *fn.shape)
@@ -211,8 +220,8 @@ def streams_backward_hopper(
 
     block_t, block_c = hopper_kernel.BLOCK_T, hopper_kernel.BLOCK_C
     tokens, n, channels = x.shape
-    chunks = triton.cdiv(channels, block_c)
-    ranges, size = pieces(triton.cdiv(tokens, block_t), chunks, multiprocessors(x.device))
+    chunks = cdiv(channels, block_c)
+    ranges, size = pieces(cdiv(tokens, block_t), chunks, multiprocessors(x.device))
     empty = {"dtype": torch.float32, "device": x.device}
     dx, df = torch.empty_like(x), torch.empty_like(f)
     dposts = torch.empty((chunks, tokens, n), **empty)
@@ -270,8 +279,8 @@ def reduce(
     if merge:
         _, post, comb = merge
         dpost, dcomb = torch.empty_like(post), torch.empty_like(comb)
-        post_blocks = triton.cdiv(dpost.numel(), REDUCE_BLOCK)
-        comb_blocks = triton.cdiv(dcomb.numel(), REDUCE_BLOCK)
+        post_blocks = cdiv(dpost.numel(), REDUCE_BLOCK)
+        comb_blocks = cdiv(dcomb.numel(), REDUCE_BLOCK)
     if mapping:
         fn, scale, base = mapping
         count = fn.shape[0]
@@ -279,7 +288,7 @@ def reduce(
         dfn = dfns[0]
         if dfns.shape[0] > 1:
             dfn = torch.empty_like(fn)
-            fn_blocks = triton.cdiv(fn.numel(), REDUCE_BLOCK)
+            fn_blocks = cdiv(fn.numel(), REDUCE_BLOCK)
     segments = 0 if mapping is None else 1 if count == n else 3
     programs = comb_blocks + post_blocks + fn_blocks + (segments > 0)
     if programs:
@@ -298,7 +307,6 @@ def reduce(
             dposts.shape[0] if merge else 0,
             mapping_parts.shape[0] if mapping else 0,
             fn_blocks,
-            post_blocks,
             comb_blocks,
             N=n,
             C=channels,
@@ -308,6 +316,7 @@ def reduce(
             BLOCK_S=16,
             BLOCK=REDUCE_BLOCK,
             MAPPING_BLOCK=64,
+            num_warps=8,
             num_stages=1,
         )
     return dpost, dcomb, dfn, dscale, dbase

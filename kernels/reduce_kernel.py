@@ -50,7 +50,7 @@ def sum_mapping(
 
 @triton.jit(
     do_not_specialize=[
-        "tokens", "ranges", "chunks", "programs", "fn_blocks", "post_blocks", "comb_blocks"
+        "tokens", "ranges", "chunks", "programs", "fn_blocks", "comb_blocks"
     ]
 )  # fmt: skip
 def reduce_kernel(
@@ -68,7 +68,6 @@ def reduce_kernel(
     chunks,
     programs,
     fn_blocks,
-    post_blocks,
     comb_blocks,
     N: tl.constexpr,
     C: tl.constexpr,
@@ -84,20 +83,21 @@ def reduce_kernel(
     merge there are no d post and d comb; without a mapping SEGMENTS is 0 and there is no other.
     """
     pid = tl.program_id(0)
+    if SEGMENTS > 0:
+        # First, because it is one long program.
+        if pid == 0:
+            parts = mapping_parts_ptr
+            sum_mapping(parts, dscale_ptr, dbase_ptr, programs, N, COUNT, SEGMENTS, MAPPING_BLOCK)
+            return
+        pid -= 1
+        if pid < fn_blocks:
+            sum_parts(dfn_parts_ptr, dfn_ptr, pid, ranges, COUNT * N * C, BLOCK_S, BLOCK)
+            return
+        pid -= fn_blocks
     if MERGE:
         if pid < comb_blocks:
             width = tokens.to(tl.int64) * (N * N)
             sum_parts(dcomb_parts_ptr, dcomb_ptr, pid, chunks, width, BLOCK_S, BLOCK)
-            return
-        pid -= comb_blocks
-        if pid < post_blocks:
-            width = tokens.to(tl.int64) * N
-            sum_parts(dpost_parts_ptr, dpost_ptr, pid, chunks, width, BLOCK_S, BLOCK)
-            return
-        pid -= post_blocks
-    if SEGMENTS > 0:
-        if pid < fn_blocks:
-            sum_parts(dfn_parts_ptr, dfn_ptr, pid, ranges, COUNT * N * C, BLOCK_S, BLOCK)
         else:
-            parts = mapping_parts_ptr
-            sum_mapping(parts, dscale_ptr, dbase_ptr, programs, N, COUNT, SEGMENTS, MAPPING_BLOCK)
+            width = tokens.to(tl.int64) * N
+            sum_parts(dpost_parts_ptr, dpost_ptr, pid - comb_blocks, chunks, width, BLOCK_S, BLOCK)
