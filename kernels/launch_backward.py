@@ -26,7 +26,8 @@ from .streams_backward_kernel import streams_backward_kernel
 
 logger = logging.getLogger(__name__)
 
-REDUCE_BLOCK = 256
+# Columns and shares that one program of reduce_kernel sums at a time.
+REDUCE_BLOCK, REDUCE_SHARES = 256, 16
 
 
 @lru_cache
@@ -313,7 +314,7 @@ def reduce(
             COUNT=count,
             SEGMENTS=segments,
             MERGE=merge is not None,
-            BLOCK_S=16,
+            BLOCK_S=REDUCE_SHARES,
             BLOCK=REDUCE_BLOCK,
             MAPPING_BLOCK=64,
             num_warps=8,
