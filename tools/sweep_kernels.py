@@ -1,4 +1,4 @@
-"""Times block sizes of the mHC kernels on a GPU, a line for each; the chosen ones are launch.CONFIGS.
+"""Times block sizes of the mHC kernels on a GPU; the chosen ones are launch.CONFIGS.
 
 python tools/sweep_kernels.py --channels 4096
 """
@@ -20,8 +20,9 @@ SWEEP = {
 REDUCE = [(256, 16), (128, 16), (128, 32), (512, 8), (1024, 4)]
 
 
-def show(label: str, step, kernel: str) -> None:
+def show(label: str, inputs: dict, kernel: str) -> None:
     try:
+        _, step = make_steps("post_pre", inputs, "triton")
         times = kernel_times(step, 7)
     except OutOfResources as error:
         print(f"{label}: does not fit, {error}")
@@ -41,14 +42,12 @@ def main() -> None:
         for entry in entries:
             options = {key: value for key, value in zip(TILES, entry) if value is not None}
             launch.CONFIGS[name] = {"num_stages": 1} | options
-            _, step = make_steps("post_pre", inputs, "triton")
             kernel = "merge_map" if name == "map" else f"{name}_kernel"
-            show(f"{name} {options}", step, kernel)
+            show(f"{name} {options}", inputs, kernel)
         launch.CONFIGS[name] = chosen
     for block, shares in REDUCE:
         launch_backward.REDUCE_BLOCK, launch_backward.REDUCE_SHARES = block, shares
-        _, step = make_steps("post_pre", inputs, "triton")
-        show(f"reduce {block} columns, {shares} shares", step, "reduce")
+        show(f"reduce {block} columns, {shares} shares", inputs, "reduce")
 
 
 if __name__ == "__main__":

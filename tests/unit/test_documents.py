@@ -22,6 +22,7 @@ TESTED_ELSEWHERE = {
     "python -m megatron_mhc.patches": "test_patches.py",
     "python tools/prepare_data.py": "test_prepare_data*.py",
     "python3 tools/benchmark_": "run on the H200; its output stands below the command",
+    "python3 tools/sweep_kernels.py": "run on the H200; its output stands below the command",
     "mkdir -p /tmp/x": "run on the H200; its output stands below the command",
 }
 TESTED_HERE = {
