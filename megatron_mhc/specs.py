@@ -18,6 +18,7 @@ from megatron_mhc import patches
 from .block import MHCBlockSubmodules
 from .config import MHCConfig
 from .layer import MHCTransformerLayer, get_bias_dropout
+from .pipeline.boundary import PriorityStream, ProgramOrder
 
 
 def get_mhc_block_spec(
@@ -26,6 +27,7 @@ def get_mhc_block_spec(
     mhc: MHCConfig,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
+    boundary: ProgramOrder | PriorityStream | None = None,
 ) -> MHCBlockSubmodules:
     """The mHC form of a plain model's layer or block spec, local or Transformer Engine.
 
@@ -35,6 +37,7 @@ def get_mhc_block_spec(
         config: the TransformerConfig.
         plain_spec: what Megatron's own functions give (get_gpt_layer_local_spec, ...).
         vp_stage, pp_rank: the pipeline stage that the block is for.
+        boundary: the one that the stage's PipelineCommunicator sends from, if it has one.
 
     Raises:
         RuntimeError: the patches are not applied (``megatron_mhc.patches.apply()``).
@@ -46,6 +49,7 @@ def get_mhc_block_spec(
         layer_specs=[_convert_layer(config, spec, mhc) for spec in plain.layer_specs],
         layer_norm=plain.layer_norm,
         mhc=mhc,
+        boundary=boundary or ProgramOrder(),
     )
 
 
