@@ -19,6 +19,7 @@ from .block import MHCBlockSubmodules
 from .config import MHCConfig
 from .layer import MHCTransformerLayer, get_bias_dropout
 from .pipeline.boundary import PriorityStream, ProgramOrder
+from .pipeline.slots import DeferredCommunicator
 
 
 def get_mhc_block_spec(
@@ -78,10 +79,21 @@ def _convert_layer(config, spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MHCLayerSpec:
-    """A ``GPTModelConfig.transformer_layer_spec``: builds the mHC spec when Megatron asks."""
+    """A ``GPTModelConfig.transformer_layer_spec``: builds the mHC spec when Megatron asks.
+
+    Attributes:
+        mhc: the model's hyper-connection settings.
+        communicator: that of a model of several stages. Process groups exist when Megatron asks
+            and no weights do yet, so that is when stages agree on what they exchange.
+    """
 
     mhc: MHCConfig
+    communicator: DeferredCommunicator | None = None
 
     def __call__(self, config: GPTModelConfig, vp_stage: int | None = None) -> MHCBlockSubmodules:
         plain = default_layer_spec(config, vp_stage)
-        return get_mhc_block_spec(config.transformer, plain, self.mhc, vp_stage)
+        boundary = None
+        if self.communicator is not None:
+            self.communicator.connect()
+            boundary = self.communicator.boundary
+        return get_mhc_block_spec(config.transformer, plain, self.mhc, vp_stage, boundary=boundary)

@@ -9,6 +9,8 @@ from megatron_mhc.errors import UserError
 class StageMismatch(UserError):
     """Two neighbouring pipeline stages would not understand each other."""
 
+    every_rank = True
+
 
 def agree(pp_group: ProcessGroup, **facts: object) -> None:
     """Compare what every stage is going to send; a collective of ``pp_group``.

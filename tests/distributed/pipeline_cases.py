@@ -1,6 +1,6 @@
 """What the pipeline worker runs and the pipeline test compares; plain data, nothing to import."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,36 @@ PIPELINES = (
     Pipeline(pp=4, micro_batches=4, layout="E|t*6|t*6|L"),
 )
 RANDOM_PIPELINES = 10
-MISMATCHES = {
-    "equal": {},
-    "other-streams": {1: {"num_streams": 2}, 2: {"num_streams": 2}},
-    "other-width": {2: {"hidden_size": 64}},
-    "batched": {
-        0: {"batch_p2p_comm": True},
-        1: {"batch_p2p_comm": True},
-        2: {"batch_p2p_comm": True},
-    },
+
+
+@dataclass(frozen=True)
+class Start:
+    """Communicators that are built, and refused or not.
+
+    Attributes:
+        stages: their number.
+        everywhere: settings of all ranks; of TransformerConfig, "num_streams" or "overlap".
+        of_rank: settings of single ranks.
+    """
+
+    stages: int = 3
+    everywhere: dict = field(default_factory=dict)
+    of_rank: dict[int, dict] = field(default_factory=dict)
+
+
+STARTS = {
+    "equal": Start(),
+    "other-streams": Start(of_rank={1: {"num_streams": 2}, 2: {"num_streams": 2}}),
+    "other-width": Start(of_rank={2: {"hidden_size": 64}}),
+    "batched": Start(everywhere={"batch_p2p_comm": True}),
+    "crossing": Start(
+        stages=2,
+        everywhere={
+            "batch_p2p_comm": True,
+            "virtual_pipeline_model_parallel_size": 2,
+            "overlap": "none",
+        },
+    ),
+    "variable": Start(everywhere={"variable_seq_lengths": True}),
+    "ring": Start(everywhere={"use_ring_exchange_p2p": True}),
 }
-"""Name to the settings, by rank, with which 3 stages are started."""

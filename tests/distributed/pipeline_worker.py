@@ -27,7 +27,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from pipeline_cases import MISMATCHES, PIPELINES, RANDOM_PIPELINES, Pipeline  # noqa: E402
+from pipeline_cases import PIPELINES, RANDOM_PIPELINES, STARTS, Pipeline, Start  # noqa: E402
 from pipeline_model import (  # noqa: E402
     MICRO_BATCH,
     SEQUENCE,
@@ -109,16 +109,17 @@ def run_pipeline(pipeline: Pipeline) -> dict:
     }
 
 
-def run_mismatch(overrides: dict[int, dict]) -> dict:
-    """Builds communicators of different settings; the message with which that is refused."""
-    mine = overrides.get(torch.distributed.get_rank(), {})
+def run_start(start: Start) -> dict:
+    """Builds this rank's communicator; the message with which that was refused."""
+    mine = {**start.everywhere, **start.of_rank.get(torch.distributed.get_rank(), {})}
     streams = mine.pop("num_streams", STREAMS)
-    config = transformer_config(Pipeline(pp=torch.distributed.get_world_size()))
+    boundary = send_boundary() if mine.pop("overlap", "post") == "post" else None
+    config = transformer_config(Pipeline(pp=start.stages))
     for name, value in mine.items():
         setattr(config, name, value)
     group = parallel_state.get_pipeline_model_parallel_group()
     try:
-        PipelineCommunicator(group, config, streams, send_boundary())
+        PipelineCommunicator(group, config, streams, boundary)
     except ValueError as refusal:
         return {"kind": type(refusal).__name__, "message": str(refusal)}
     return {"kind": "none", "message": ""}
@@ -209,8 +210,8 @@ def main(folder: Path) -> None:
     references = [reference for p in pipelines for reference in (p.single, p.one_stage)]
     for pipeline in dict.fromkeys([*references, *pipelines]):
         run(folder, pipeline.name, pipeline, functools.partial(run_pipeline, pipeline))
-    for name, overrides in MISMATCHES.items():
-        run(folder, name, Pipeline(pp=3), functools.partial(run_mismatch, overrides))
+    for name, start in STARTS.items():
+        run(folder, name, Pipeline(pp=start.stages), functools.partial(run_start, start))
     (folder / "done").touch()
 
 
