@@ -58,7 +58,8 @@ def make_communicator(config, num_streams: int, overlap: str) -> DeferredCommuni
     """The communicator of a training; None where the model is one stage.
 
     Args:
-        config: the model's TransformerConfig; under "post" its batch_p2p_comm becomes False.
+        config: the model's TransformerConfig. Under "post" its batch_p2p_comm becomes False and, of
+            an interleaved schedule that overlaps, overlap_p2p_comm_warmup_flush True.
         overlap: --mhc-pipeline-overlap.
     """
     if config.pipeline_model_parallel_size == 1:
@@ -67,4 +68,6 @@ def make_communicator(config, num_streams: int, overlap: str) -> DeferredCommuni
         return DeferredCommunicator(config, num_streams)
     # Of a batch of sends and receives one can only wait for the whole.
     config.batch_p2p_comm = False
+    # Else every receive of warm-up and cool-down is posted when it is needed, and seen in full.
+    config.overlap_p2p_comm_warmup_flush = config.overlap_p2p_comm
     return DeferredCommunicator(config, num_streams, send_boundary())

@@ -15,7 +15,8 @@ class Pipeline:
             positions.
         sequence_parallel: tokens divided over the tensor-parallel ranks.
         recompute: full recomputation.
-        overlap_p2p: overlap_p2p_comm, for more than one chunk.
+        overlap_p2p, ahead: overlap_p2p_comm and overlap_p2p_comm_warmup_flush, for more than one
+            chunk; the second needs the first.
         layers: the model's.
         layout: pipeline_model_parallel_layout as Megatron spells it, "" for equal stages.
     """
@@ -30,6 +31,7 @@ class Pipeline:
     sequence_parallel: bool = False
     recompute: bool = False
     overlap_p2p: bool = True
+    ahead: bool = True
     layers: int = 12
     layout: str = ""
 
@@ -63,11 +65,13 @@ PIPELINES = (
     Pipeline(pp=2, tp=2, micro_batches=3, sequence_parallel=True),
     Pipeline(pp=4, tp=2, micro_batches=5, tied=True),
     Pipeline(pp=2, micro_batches=3, recompute=True),
-    Pipeline(pp=2, vpp=2, overlap="none"),
+    Pipeline(pp=2, vpp=2, overlap="none", ahead=False),
+    Pipeline(pp=2, vpp=2, ahead=False),
     Pipeline(pp=2, vpp=2, micro_batches=5, group=3, tied=True),
     Pipeline(pp=2, vpp=3, micro_batches=7, group=7),
     Pipeline(pp=2, vpp=2, overlap_p2p=False),
     Pipeline(pp=2, vpp=3, tp=2, micro_batches=4, sequence_parallel=True, tied=True),
+    Pipeline(pp=4, vpp=3, micro_batches=5, group=5, ahead=False),
     Pipeline(pp=4, vpp=2, layers=8, micro_batches=9, group=5),
     Pipeline(pp=4, vpp=3, micro_batches=4, overlap="none", overlap_p2p=False),
     Pipeline(pp=4, vpp=3, tp=2, micro_batches=4, tied=True, recompute=True),

@@ -60,6 +60,7 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
         pipeline_dtype=torch.float32,
         deallocate_pipeline_outputs=True,  # as megatron.training sets it
         overlap_p2p_comm=overlap_p2p,
+        overlap_p2p_comm_warmup_flush=overlap_p2p and pipeline.ahead,
         batch_p2p_comm=pipeline.overlap == "none" and not overlap_p2p,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,

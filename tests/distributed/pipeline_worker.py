@@ -179,6 +179,7 @@ def random_pipelines(draw) -> Pipeline:
         layers=layers,
         micro_batches=draw(counts),
         overlap=draw(st.sampled_from(["post", "none"])),
+        ahead=draw(st.booleans()),
         tied=draw(st.booleans()),
         sequence_parallel=tp > 1 and draw(st.booleans()),
         recompute=draw(st.booleans()),

@@ -80,7 +80,7 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
         ),
         (
             "--mhc --overlap-moe-expert-parallel-comm",
-            r"--overlap-moe-expert-parallel-comm: does.*\(combined 1F1B\) .*never calls this layer's",
+            r"--overlap-moe-expert-parallel-comm: does.*\(combined 1F1B\) .*never calls",
         ),
         ("--mhc --fine-grained-activation-offloading", r"--fine-grained-activation-offloading"),
         ("--mhc --use-megatron-fsdp", r"--use-megatron-fsdp: .*Megatron's own DDP"),
