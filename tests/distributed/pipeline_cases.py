@@ -17,7 +17,8 @@ class Pipeline:
         recompute: full recomputation.
         overlap_p2p, ahead: overlap_p2p_comm and overlap_p2p_comm_warmup_flush, for more than one
             chunk; the second needs the first.
-        layers: the model's.
+        layers, hidden: the model's.
+        bf16: wrapped in Megatron's Float16Module.
         layout: pipeline_model_parallel_layout as Megatron spells it, "" for equal stages.
     """
 
@@ -33,6 +34,8 @@ class Pipeline:
     overlap_p2p: bool = True
     ahead: bool = True
     layers: int = 12
+    hidden: int = 32
+    bf16: bool = False
     layout: str = ""
 
     @property

@@ -19,9 +19,14 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
 from pipeline_cases import Pipeline
 
 VOCABULARY, SEQUENCE, MICRO_BATCH, STREAMS = 64, 16, 2, 4
+
+
+def dtype(pipeline: Pipeline) -> torch.dtype:
+    return torch.bfloat16 if pipeline.bf16 else torch.float32
 
 
 def transformer_config(pipeline: Pipeline) -> TransformerConfig:
@@ -46,8 +51,8 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
     overlap_p2p = pipeline.vpp > 1 and pipeline.overlap_p2p
     return TransformerConfig(
         num_layers=pipeline.layers,
-        hidden_size=32,
-        ffn_hidden_size=48,
+        hidden_size=pipeline.hidden,
+        ffn_hidden_size=pipeline.hidden * 3 // 2,
         num_attention_heads=4,
         num_query_groups=2,
         hidden_dropout=0.0,
@@ -57,7 +62,10 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=pipeline.vpp if pipeline.vpp > 1 else None,
         microbatch_group_size_per_vp_stage=pipeline.group or None,
         sequence_parallel=pipeline.sequence_parallel,
-        pipeline_dtype=torch.float32,
+        bf16=pipeline.bf16,
+        params_dtype=dtype(pipeline),
+        pipeline_dtype=dtype(pipeline),
+        masked_softmax_fusion=False,
         deallocate_pipeline_outputs=True,  # as megatron.training sets it
         overlap_p2p_comm=overlap_p2p,
         overlap_p2p_comm_warmup_flush=overlap_p2p and pipeline.ahead,
@@ -106,8 +114,10 @@ def _build_chunk(pipeline, config, case, boundary, stage) -> DistributedDataPara
     chunk.vp_stage = stage
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     set_weights(chunk, case, pipeline.tp, tp_rank, lambda name: whole_name(chunk, name, pipeline))
+    chunk.cuda()  # made on the CPU, for weights that are the same everywhere
+    inner = Float16Module(config, chunk) if pipeline.bf16 else chunk
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    wrapped = DistributedDataParallel(config, ddp_config, chunk)
+    wrapped = DistributedDataParallel(config, ddp_config, inner)
     wrapped.vp_stage = stage
     return wrapped
 
