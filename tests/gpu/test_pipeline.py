@@ -69,16 +69,19 @@ def means(steps: list[list[float]]) -> list[float]:
 
 @pytest.mark.parametrize("division", ["stages", "chunks"])
 def test_stages_train_as_one_gpu_does(losses, division):
-    """Within what the order of a bf16 sum changes on one GPU."""
-    single, reversed_, staged = (
-        means(losses[name]) for name in ("single", "single reversed", division)
+    """Within what rounding to bf16 at other places changes on one GPU.
+
+    Full recomputation forms and rounds the streams at every layer, a pipeline at every stage's end.
+    """
+    single, recomputed, staged = (
+        means(losses[name]) for name in ("single", "single recomputed", division)
     )
     assert len(single) == 100
     assert single[-1] < single[0] - 0.5, "it did not learn"
-    noise = max(abs(one - other) for one, other in zip(single, reversed_, strict=True))
-    assert noise < 0.05
+    noise = max(abs(one - other) for one, other in zip(single, recomputed, strict=True))
+    assert noise < 0.02 * single[-1]
     for step, (one, other) in enumerate(zip(single, staged)):
-        assert abs(one - other) <= max(3 * noise, 1e-3), step
+        assert abs(one - other) <= max(3 * noise, 0.002 * one), step
 
 
 @pytest.mark.parametrize("division", ["stages", "chunks"])
