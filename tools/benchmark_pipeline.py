@@ -76,7 +76,8 @@ def estimate(args) -> None:
 
 def settings_of(args, link: str) -> dict:
     """What a worker is told; the cases in the order in which they matter."""
-    single = [("plain", 1, 1), ("none", 1, 1)] if link == args.links[0] else []
+    alone = link == args.links[0] and not args.no_single
+    single = [("plain", 1, 1), ("none", 1, 1)] if alone else []
     staged = [(case, RANKS, chunks) for chunks in args.chunks for case in args.cases]
     return {
         "link": link,
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--trace", action="store_true", help="of overlap none and post")
+    parser.add_argument("--no-single", action="store_true", help="leave the models of one GPU out")
     parser.add_argument("--no-profile", action="store_true", help="step times only")
     parser.add_argument("--estimate", action="store_true", help="the model on paper, no GPU")
     parser.add_argument("--stages", type=int, default=2, help="of --estimate")
