@@ -21,6 +21,7 @@ import argparse
 import gzip
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -175,6 +176,8 @@ def finish_traces(folder: Path) -> None:
 
 
 def measure(args) -> None:
+    # A run that is cut short, by timeout or a scheduler, reports what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args.out.mkdir(parents=True, exist_ok=True)
     results_file = args.out / "pipeline.jsonl"
     results_file.unlink(missing_ok=True)
