@@ -11,6 +11,7 @@ A step is the forward and backward passes of a global batch, without the optimiz
     none         mHC, --mhc-pipeline-overlap none
     sends        mHC, sends not waited for, merges on the main stream
     post         mHC, --mhc-pipeline-overlap post
+    late         the same, without receiving ahead in warm-up and cool-down
 
 each in two stages; plain and none also on one GPU. The slow link is NCCL_P2P_DISABLE=1, through
 host memory. Writes pipeline.jsonl (a line a case, as they end), pipeline.md and, with --trace,
@@ -41,7 +42,7 @@ from megatron_mhc.report.timeline import draw_timelines  # noqa: E402
 from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
-CASES = ("plain", "none", "post", "sends", "plain-free")
+CASES = ("plain", "none", "post", "late", "sends", "plain-free")
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
 """Name of a link to the environment that makes NCCL use it."""
 TRACED = ("none", "post")

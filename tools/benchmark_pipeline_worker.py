@@ -68,7 +68,7 @@ def boundary_of(mode: str):
     """Where a mode's sends are issued from; None: Megatron's own way."""
     if mode == "sends":
         return MergedOnMain() if GPU else send_boundary()
-    return send_boundary() if mode in ("post", "plain-free") else None
+    return send_boundary() if mode in ("post", "late", "plain-free") else None
 
 
 def transformer_config(settings: dict, mode: str, stages: int, chunks: int) -> TransformerConfig:
@@ -99,7 +99,7 @@ def transformer_config(settings: dict, mode: str, stages: int, chunks: int) -> T
         deallocate_pipeline_outputs=True,
         overlap_p2p_comm=overlap_p2p,
         batch_p2p_comm=not overlap_p2p and not unwaited,
-        overlap_p2p_comm_warmup_flush=overlap_p2p and unwaited,
+        overlap_p2p_comm_warmup_flush=overlap_p2p and unwaited and mode != "late",
     )
 
 

@@ -196,6 +196,7 @@ def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
         ("plain", 2),
         ("none", 2),
         ("post", 2),
+        ("late", 2),
         ("sends", 2),
         ("plain-free", 2),
     ]
