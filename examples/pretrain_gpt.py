@@ -31,15 +31,16 @@ def main() -> None:
     from megatron_mhc.startup import parse_arguments
 
     set_startup_timestamps(program_start=START, main_entry=time.time())
-    config = parse_arguments()
+    config, slots = parse_arguments()
     datasets_provider.is_distributed = True
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, make_forward_step())
+    model_type = ModelType.encoder_or_decoder
+    pretrain(config, datasets_provider, model_type, make_forward_step(), **slots)
 
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
-        if os.environ.get("RANK", "0") == "0":
+        if problem.every_rank or os.environ.get("RANK", "0") == "0":
             print(f"pretrain_gpt.py: error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -14,6 +14,7 @@ DEFAULTS = {
     "mhc_residual_mixing": MHCConfig.residual_mixing,
     "mhc_eps": MHCConfig.eps,
     "mhc_backend": MHCConfig.backend,
+    "mhc_pipeline_overlap": "post",
     "mhc_log_gain_interval": 0,
 }
 
@@ -61,6 +62,12 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mhc-backend",
         choices=("auto", "triton", "torch"),
         help="Kernels; auto takes Triton where it can and says so where it cannot. [auto]",
+    )
+    group.add_argument(
+        "--mhc-pipeline-overlap",
+        choices=("none", "post"),
+        help="post: a pipeline stage's last merge is formed and sent on a high-priority stream, "
+        "and nothing waits for it; none: as Megatron sends. [post]",
     )
     group.add_argument(
         "--mhc-log-gain-interval",

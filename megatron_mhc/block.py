@@ -1,15 +1,16 @@
 """The transformer block between the streams' entry and exit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from megatron.core.utils import WrappedTensor, make_viewless_tensor
+from megatron.core.utils import WrappedTensor
 from torch import Tensor
 
 from .config import MHCConfig
 from .hyper_head import HyperHead
 from .layer import parameter_device
+from .pipeline.boundary import PriorityStream, ProgramOrder
 from .state import StreamState
 
 
@@ -19,9 +20,12 @@ class MHCBlockSubmodules(TransformerBlockSubmodules):
 
     Attributes:
         mhc: the model's hyper-connection settings.
+        boundary: forms the stage's output; :class:`~megatron_mhc.pipeline.PipelineCommunicator`
+            must be given the same one. The default forms it on the main stream.
     """
 
     mhc: MHCConfig | None = None
+    boundary: ProgramOrder | PriorityStream = field(default_factory=ProgramOrder)
 
 
 class MHCTransformerBlock(TransformerBlock):
@@ -35,6 +39,7 @@ class MHCTransformerBlock(TransformerBlock):
     def __init__(self, config, spec: MHCBlockSubmodules, *args, **kwargs) -> None:
         super().__init__(config, spec, *args, **kwargs)
         self.mhc = spec.mhc
+        self.boundary = spec.boundary
         if self.final_layernorm is not None:
             self.hyper_head = HyperHead(
                 self.mhc,
@@ -67,8 +72,8 @@ class MHCTransformerBlock(TransformerBlock):
             entry = StreamState.expand(hidden_states, self.mhc.num_streams, self.mhc.backend)
             hidden_states = entry.to_flat(self.mhc.backend)
         output = super().forward(hidden_states, *args, **kwargs)
-        if isinstance(output, StreamState):
-            output = output.to_flat(self.mhc.backend)
-            # A pipeline stage frees what it sent, and asserts that it is no view.
-            output = make_viewless_tensor(output, requires_grad=True, keep_graph=True)
+        if self.final_layernorm is None:
+            if not isinstance(output, StreamState):  # full recompute, or a stage without layers
+                output = StreamState.from_flat(output, self.mhc.num_streams)
+            output = self.boundary.form(output, self.mhc.backend)
         return output

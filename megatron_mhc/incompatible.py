@@ -46,13 +46,20 @@ def _untested_recompute(args: argparse.Namespace) -> object:
     return " ".join(sorted(set(args.recompute_modules or []) - RECOMPUTE_MODULES)) or None
 
 
+def _gains_of_stages(args: argparse.Namespace) -> object:
+    if (args.pipeline_model_parallel_size or 1) == 1:
+        return None
+    return args.mhc_log_gain_interval or None
+
+
 _LEAVE_OUT = "leave it out with --mhc"
 
 INCOMPATIBLE: tuple[Incompatibility, ...] = (
     Incompatibility(
-        "--pipeline-model-parallel-size",
-        _above("pipeline_model_parallel_size", 1),
-        "use 1; tensor and data parallelism work",
+        "--mhc-log-gain-interval",
+        _gains_of_stages,
+        "a stage sees the gains of its own layers only; use 0 with --pipeline-model-parallel-size "
+        "above 1",
     ),
     Incompatibility(
         "--context-parallel-size", _above("context_parallel_size", 1), "use 1, until it is tested"
@@ -75,7 +82,10 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
         f"use some of {' '.join(sorted(RECOMPUTE_MODULES))}, or --recompute-granularity full",
     ),
     Incompatibility(
-        "--overlap-moe-expert-parallel-comm", _set("overlap_moe_expert_parallel_comm"), _LEAVE_OUT
+        "--overlap-moe-expert-parallel-comm",
+        _set("overlap_moe_expert_parallel_comm"),
+        "its schedule (combined 1F1B) runs the parts of Megatron's own layer and never calls this "
+        "layer's forward, so the streams would be left out; leave it out with --mhc",
     ),
     Incompatibility(
         "--fine-grained-activation-offloading",

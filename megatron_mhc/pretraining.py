@@ -9,6 +9,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
+    get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
@@ -55,17 +56,34 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
     return BlendedMegatronDatasetBuilder(
         kind,
         train_val_test_num_samples,
-        is_built_on_rank=lambda: mpu.get_tensor_model_parallel_rank() == 0,
+        is_built_on_rank=lambda: (
+            mpu.get_tensor_model_parallel_rank() == 0 and _reads_data(vp_stage)
+        ),
         config=config,
     ).build()
 
 
-def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
-    """This rank's part of the next micro-batch.
+BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+"""What a model's forward pass takes."""
+
+
+def _reads_data(vp_stage: int | None) -> bool:
+    """Whether a pipeline stage needs the batch: for the embedding, the loss or a mask."""
+    return (
+        get_args().create_attention_mask_in_dataloader
+        or mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        or mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+    )
+
+
+def get_batch(data_iterator, vp_stage: int | None = None) -> dict[str, torch.Tensor | None]:
+    """This rank's part of the next micro-batch; all None on a stage that needs none of it.
 
     Tensor-parallel rank 0 reads and broadcasts; context-parallel ranks each keep their tokens.
     """
     args = get_args()
+    if not _reads_data(vp_stage):
+        return dict.fromkeys(BATCH)
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch = {}
     if tp_rank == 0:
@@ -84,8 +102,7 @@ def get_batch(data_iterator) -> dict[str, torch.Tensor | None]:
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
     )
-    names = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
-    batch = {name: batch[name] for name in names}
+    batch = {name: batch[name] for name in BATCH}
     if args.context_parallel_size > 1:
         group = mpu.get_context_parallel_group()
         batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
@@ -121,7 +138,7 @@ def make_forward_step():
     def forward_step(data_iterator, model):
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator)
+        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         timers("batch-generator").stop()
         with gain_log.around_forward(model):
             losses = model(

@@ -18,6 +18,8 @@ from megatron_mhc import patches
 from .block import MHCBlockSubmodules
 from .config import MHCConfig
 from .layer import MHCTransformerLayer, get_bias_dropout
+from .pipeline.boundary import PriorityStream, ProgramOrder
+from .pipeline.slots import DeferredCommunicator
 
 
 def get_mhc_block_spec(
@@ -26,6 +28,7 @@ def get_mhc_block_spec(
     mhc: MHCConfig,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
+    boundary: ProgramOrder | PriorityStream | None = None,
 ) -> MHCBlockSubmodules:
     """The mHC form of a plain model's layer or block spec, local or Transformer Engine.
 
@@ -35,6 +38,7 @@ def get_mhc_block_spec(
         config: the TransformerConfig.
         plain_spec: what Megatron's own functions give (get_gpt_layer_local_spec, ...).
         vp_stage, pp_rank: the pipeline stage that the block is for.
+        boundary: the one that the stage's PipelineCommunicator sends from, if it has one.
 
     Raises:
         RuntimeError: the patches are not applied (``megatron_mhc.patches.apply()``).
@@ -46,6 +50,7 @@ def get_mhc_block_spec(
         layer_specs=[_convert_layer(config, spec, mhc) for spec in plain.layer_specs],
         layer_norm=plain.layer_norm,
         mhc=mhc,
+        boundary=boundary or ProgramOrder(),
     )
 
 
@@ -74,10 +79,21 @@ def _convert_layer(config, spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
 
 @dataclasses.dataclass(frozen=True)
 class MHCLayerSpec:
-    """A ``GPTModelConfig.transformer_layer_spec``: builds the mHC spec when Megatron asks."""
+    """A ``GPTModelConfig.transformer_layer_spec``: builds the mHC spec when Megatron asks.
+
+    Attributes:
+        mhc: the model's hyper-connection settings.
+        communicator: that of a model of several stages. Process groups exist when Megatron asks
+            and no weights do yet, so that is when stages agree on what they exchange.
+    """
 
     mhc: MHCConfig
+    communicator: DeferredCommunicator | None = None
 
     def __call__(self, config: GPTModelConfig, vp_stage: int | None = None) -> MHCBlockSubmodules:
         plain = default_layer_spec(config, vp_stage)
-        return get_mhc_block_spec(config.transformer, plain, self.mhc, vp_stage)
+        boundary = None
+        if self.communicator is not None:
+            self.communicator.connect()
+            boundary = self.communicator.boundary
+        return get_mhc_block_spec(config.transformer, plain, self.mhc, vp_stage, boundary=boundary)

@@ -13,6 +13,8 @@ from .arguments import add_mhc_args, validate_mhc_args
 from .checkpoint_guard import check_checkpoint
 from .config import MHCConfig
 from .errors import UserError
+from .pipeline.boundary import PriorityStream
+from .pipeline.slots import DeferredCommunicator, DeferredGroups, make_communicator
 from .pretraining import refuse_unsupported_data
 from .specs import MHCLayerSpec
 
@@ -42,11 +44,29 @@ def _model_line(args: argparse.Namespace, mhc: MHCConfig | None) -> str:
     return f"{line}, kernels: {chosen} (--mhc-backend {mhc.backend})"
 
 
-def parse_arguments() -> PretrainConfigContainer:
+def _pipeline_line(config, communicator: DeferredCommunicator, overlap: str) -> str:
+    """Which schedule and which streams are in use."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    schedule = f"interleaved 1F1B, {chunks} chunks per stage" if chunks else "1F1B"
+    if overlap == "none":
+        how = "merged and sent on the main stream, as Megatron does"
+    elif isinstance(communicator.boundary, PriorityStream):
+        how = "merged and sent on a high-priority stream that nothing waits for"
+    else:
+        how = "merged and sent in program order (no streams on a CPU), not waited for"
+    return (
+        f"mHC pipeline: {config.pipeline_model_parallel_size} stages, {schedule}; boundaries "
+        f"[s, b, {communicator.num_streams * config.hidden_size}] are {how} "
+        f"(--mhc-pipeline-overlap {overlap})"
+    )
+
+
+def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     """Parse and check the command line, patch Megatron, and configure the model.
 
     Returns:
-        The container that ``megatron.training.pretrain`` takes.
+        The container that ``megatron.training.pretrain`` takes, and further keyword arguments for
+        it: what a model of several pipeline stages needs, else none.
 
     Raises:
         UserError: names the flag or file, its value and what would be right.
@@ -60,10 +80,16 @@ def parse_arguments() -> PretrainConfigContainer:
     except patches.PatchRefused as refusal:
         raise UserError(str(refusal)) from None
     lines.append(patches.start_up_line())
-    if args.rank == 0:
-        print("\n".join(lines), flush=True)
 
     model = gpt_config_from_args(args)
+    slots = {}
     if mhc is not None:
-        model.transformer_layer_spec = MHCLayerSpec(mhc)
-    return pretrain_cfg_container_from_args(args, model)
+        overlap = args.mhc_pipeline_overlap
+        communicator = make_communicator(model.transformer, mhc.num_streams, overlap)
+        model.transformer_layer_spec = MHCLayerSpec(mhc, communicator)
+        if communicator is not None:
+            slots = {"p2p_communicator": communicator, "pg_collection": DeferredGroups()}
+            lines.insert(1, _pipeline_line(model.transformer, communicator, overlap))
+    if args.rank == 0:
+        print("\n".join(lines), flush=True)
+    return pretrain_cfg_container_from_args(args, model), slots

@@ -54,6 +54,12 @@ class StreamState:
             raise ValueError(f"width {flat.shape[-1]} does not hold {num_streams} streams")
         return cls(flat.unflatten(-1, (num_streams, -1)))
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the streams are made from."""
+        if self.pending is None:
+            return (self.x,)
+        return self.x, self.pending.f, self.pending.post, self.pending.comb
+
     def merged(self, backend: str = "auto") -> Tensor:
         """The streams [..., n, C], the merge formed."""
         if self.pending is None:

@@ -18,7 +18,8 @@ def _draw(axes, curve: Curve, **style) -> None:
     axes.plot(list(curve), list(curve.values()), **style)
 
 
-def _save(figure, path: Path) -> None:
+def save(figure, path: Path) -> None:
+    """Write a figure to ``path``, whole or not at all, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".partial.png")
     figure.savefig(aside, dpi=130)
@@ -73,7 +74,7 @@ def draw_run(run: Run, path: Path) -> None:
         axes[1].grid(alpha=0.3)
         _draw_composite_gains(axes[2], [run])
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(runs: list[Run], path: Path) -> None:
@@ -82,4 +83,4 @@ def draw_comparison(runs: list[Run], path: Path) -> None:
     _draw_losses(axes[0], runs)
     _draw_composite_gains(axes[1], runs)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)

@@ -61,7 +61,8 @@ def marked_torch_norm(config, hidden_size: int, eps: float, **unused) -> torch.n
     return norm
 
 
-def block_spec(config: TransformerConfig, case: Case):
+def block_spec(config: TransformerConfig, case: Case, **stage):
+    """The mHC spec; ``stage`` is get_mhc_block_spec's, for a pipeline."""
     plain = get_gpt_layer_local_spec(normalization=config.normalization)
     if case.sequence_parallel:
         plain.submodules = dataclasses.replace(
@@ -69,7 +70,7 @@ def block_spec(config: TransformerConfig, case: Case):
             input_layernorm=marked_torch_norm,
             pre_mlp_layernorm=marked_torch_norm,
         )
-    spec = get_mhc_block_spec(config, plain, MHCConfig(residual_mixing=case.mixing))
+    spec = get_mhc_block_spec(config, plain, MHCConfig(residual_mixing=case.mixing), **stage)
     if case.sequence_parallel:
         spec.layer_norm = marked_torch_norm
     return spec
@@ -95,11 +96,17 @@ def build_model(case: Case, layout: Layout, tp_rank: int) -> DistributedDataPara
     return DistributedDataParallel(config, ddp_config, model)
 
 
-def set_weights(model: torch.nn.Module, case: Case, tp: int, tp_rank: int) -> None:
-    """Fill every parameter from a seed that is its name's, each rank with its part of the whole."""
+def set_weights(
+    model: torch.nn.Module, case: Case, tp: int, tp_rank: int, whole_name=lambda name: name
+) -> None:
+    """Fill every parameter from a seed that is its name's, each rank with its part of the whole.
+
+    ``whole_name`` turns a parameter's name in a pipeline stage into that in the whole model.
+    """
     # Unconstrained gains multiply from sublayer to sublayer, and rounding errors with them.
     gate, spread = (0.2, 0.1) if case.mixing == "unconstrained" else (1.0, 0.3)
-    for name, parameter in model.named_parameters():
+    for own_name, parameter in model.named_parameters():
+        name = whole_name(own_name)
         dim = getattr(parameter, "partition_dim", 0)
         sharded = getattr(parameter, "tensor_model_parallel", False)
         shape = list(parameter.shape)

@@ -61,9 +61,10 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
         ("--mhc --mhc-init-gating-factor 7", r"--mhc-init-gating-factor 7.0: expected -1 to 1"),
         ("--mhc --mhc-log-gain-interval -1", r"--mhc-log-gain-interval -1: expected 0"),
         (
-            "--mhc --pipeline-model-parallel-size 2",
-            r"--pipeline-model-parallel-size 2: does not work with --mhc yet; use 1",
+            "--mhc --pipeline-model-parallel-size 2 --mhc-log-gain-interval 5",
+            r"--mhc-log-gain-interval 5: does not work .* layers only; use 0 with --pipeline-model",
         ),
+        ("--mhc-pipeline-overlap post", r"--mhc-pipeline-overlap post: has no effect without"),
         ("--mhc --context-parallel-size 2", r"--context-parallel-size 2: .* use 1, until"),
         ("--mhc --mtp-num-layers 1", r"--mtp-num-layers 1: does not work with --mhc yet"),
         ("--mhc --fp32-residual-connection", r"--fp32-residual-connection: does not work"),
@@ -77,7 +78,10 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             "--mhc --recompute-granularity selective --recompute-modules layernorm",
             r"--recompute-modules layernorm: .* use some of core_attn mlp,",
         ),
-        ("--mhc --overlap-moe-expert-parallel-comm", r"--overlap-moe-expert-parallel-comm: does"),
+        (
+            "--mhc --overlap-moe-expert-parallel-comm",
+            r"--overlap-moe-expert-parallel-comm: does.*\(combined 1F1B\) .*never calls",
+        ),
         ("--mhc --fine-grained-activation-offloading", r"--fine-grained-activation-offloading"),
         ("--mhc --use-megatron-fsdp", r"--use-megatron-fsdp: .*Megatron's own DDP"),
         ("--mhc --init-model-with-meta-device", r"--init-model-with-meta-device: does not"),
@@ -92,6 +96,15 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
 def test_refusals_name_flag_value_and_remedy(parser, words, message):
     with pytest.raises(UserError, match=message):
         validate(parser, *words.split())
+
+
+def test_pipeline_stages_overlap_unless_told_otherwise(parser):
+    from megatron_mhc.arguments import validate_mhc_args
+
+    for words, expected in ([], "post"), (["--mhc-pipeline-overlap", "none"], "none"):
+        args = parser.parse_args(["--mhc", "--pipeline-model-parallel-size", "4", *words])
+        assert validate_mhc_args(args) == MHCConfig()
+        assert args.mhc_pipeline_overlap == expected
 
 
 def test_all_refusals_come_in_one_message(parser):

@@ -1,0 +1,206 @@
+"""The paper model, the trace's lanes and the tables of tools/benchmark_pipeline.py."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_mhc.report.pipeline_estimate import Cluster
+from megatron_mhc.report.pipeline_results import (
+    COLUMNS,
+    markdown,
+    on_paper,
+    overhead,
+    pipeline_cost,
+    rows,
+)
+from megatron_mhc.report.timeline import draw_timelines
+from megatron_mhc.report.trace import busy_us, chrome_trace, read_kernels, window_us
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "benchmark_pipeline.py"
+CLUSTER = Cluster(
+    stages=2,
+    chunks=2,
+    micro_batches=8,
+    channels=4096,
+    streams=4,
+    tokens=8192,
+    link=50.0,
+    forward_ms=18.0,
+)
+
+
+def event(name: str, stream: int, start: float, duration: float) -> dict:
+    timing = {"ts": start, "dur": duration}
+    return {"ph": "X", "cat": "kernel", "name": name, "tid": stream, **timing}
+
+
+TRACE = {
+    "traceEvents": [
+        event("gemm", 7, 0, 100),
+        event("attention", 7, 100, 50),
+        event("merge_map_kernel", 7, 150, 10),
+        event("gemm", 7, 200, 100),
+        event("merge_map_kernel", 20, 160, 30),
+        event("ncclDevKernel_SendRecv", 24, 190, 80),
+        event("ncclDevKernel_SendRecv", 28, 30, 20),
+        event("fill", 31, 0, 1),
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "tid": 1, "ts": 0, "dur": 900},
+    ]
+}
+
+
+def test_transfers_and_merges_are_bytes_over_bandwidth():
+    assert CLUSTER.transfer_ms("none") == pytest.approx(8192 * 16384 * 2 / 50e6)
+    assert CLUSTER.transfer_ms("plain") == pytest.approx(CLUSTER.transfer_ms("post") / 4)
+    assert CLUSTER.merge_ms == pytest.approx(9 * 8192 * 4096 * 2 / 4e9)
+    assert CLUSTER.compute_ms == 18 * 3 * 16
+    assert CLUSTER.bubble_ms == 18 * 3
+
+
+def test_post_is_seen_only_while_the_pipeline_fills_and_drains():
+    transfer = CLUSTER.transfer_ms("post")
+    assert CLUSTER.exposed_ms("post") == pytest.approx(6 * transfer)
+    more = replace(CLUSTER, micro_batches=64)
+    assert more.exposed_ms("post") == CLUSTER.exposed_ms("post")
+    assert more.exposed_ms("none") > 6 * CLUSTER.exposed_ms("none")
+
+
+def test_a_link_slower_than_compute_is_seen_in_every_pass():
+    slow = replace(CLUSTER, link=5.0)
+    transfer = slow.transfer_ms("post")
+    late = (transfer - 36) + (transfer - 18)
+    assert slow.exposed_ms("post") == pytest.approx(6 * transfer + 16 * late)
+
+
+def test_streams_are_told_apart_by_what_runs_on_them():
+    kernels = read_kernels(TRACE, rank=1)
+    lanes = {(k.name, k.lane) for k in kernels}
+    assert ("gemm", "main") in lanes
+    assert ("merge_map_kernel", "main") in lanes
+    assert ("merge_map_kernel", "priority") in lanes
+    assert {lane for name, lane in lanes if name.startswith("nccl")} == {"NCCL", "NCCL 2"}
+    assert ("fill", "other") in lanes
+    assert len(kernels) == 8, "what the CPU did is left out"
+    assert {k.kind for k in kernels if k.lane == "priority"} == {"merge"}
+
+
+def test_busy_time_counts_overlap_once():
+    kernels = read_kernels(TRACE, rank=0)
+    assert busy_us(k for k in kernels if k.kind != "transfer") == 160 + 30 + 100
+    assert busy_us(kernels) == 300
+    assert window_us(kernels) == 300
+
+
+def test_the_chrome_trace_names_ranks_and_streams():
+    events = chrome_trace(read_kernels(TRACE, 0) + read_kernels(TRACE, 1))["traceEvents"]
+    names = {(e["pid"], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    assert {(0, "main"), (1, "priority"), (1, "NCCL 2")} <= names
+    assert sum(e["ph"] == "X" for e in events) == 16
+    assert min(e["ts"] for e in events if e["ph"] == "X") == 0
+    json.dumps(events)
+
+
+def test_the_timeline_is_drawn(tmp_path):
+    kernels = read_kernels(TRACE, 0) + read_kernels(TRACE, 1)
+    draw_timelines({"none 2": kernels, "post 2": kernels}, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+SETTINGS = {"micro_batches": 8, "hidden": 4096, "streams": 4, "length": 4096, "micro_batch": 2}
+
+
+def result(mode: str, stages: int, step_ms: float, **more) -> dict:
+    where = {"link": "nvlink", "link_gb_s": 50.0, "chunks": stages}
+    return {**where, "mode": mode, "stages": stages, "step_ms": step_ms, "peak_gib": [2], **more}
+
+
+RESULTS = [
+    result("plain", 1, 1000.0),
+    result("none", 1, 1040.0),
+    result("plain", 2, 500.0),
+    result("none", 2, 540.0),
+    result(
+        "post", 2, 523.0, compute_ms=[860.0, 864.0], bubble_ms=[50.0, 54.0], exposed_ms=[9.0, 4.0]
+    ),
+]
+
+
+def test_pipeline_cost_is_what_one_gpu_does_not_pay():
+    assert overhead(RESULTS[4], RESULTS) == pytest.approx(0.046)
+    assert pipeline_cost(RESULTS[4], RESULTS) == pytest.approx(0.006)
+    assert pipeline_cost(RESULTS[3], RESULTS) == pytest.approx(0.04)
+    assert pipeline_cost(RESULTS[2], RESULTS) is None
+    assert on_paper(RESULTS[4], SETTINGS) == pytest.approx(CLUSTER.exposed_ms("post"))
+    assert on_paper(RESULTS[3], SETTINGS) is None, "its compute was not measured"
+
+
+def test_the_table_has_a_row_for_every_result():
+    lines = markdown(RESULTS, SETTINGS).splitlines()
+    assert len(lines) == 2 + len(RESULTS)
+    assert all(line.count(" | ") == len(COLUMNS) - 1 for line in lines)
+    assert rows(RESULTS, SETTINGS)[4][4:8] == ["523.0", "+4.60 %", "+0.60 %", "864.0"]
+
+
+def run_tool(*flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, flags)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_estimate_needs_no_gpu():
+    done = run_tool("--estimate", "--chunks", 2, "--link", 50, "--forward-ms", 18)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if "post" in line]
+    assert f"{CLUSTER.exposed_ms('post'):.2f}" in line
+
+
+def test_a_folder_is_asked_for():
+    done = run_tool()
+    assert done.returncode == 2
+    assert "error: --out: a folder for the results is needed, or --estimate" in done.stderr
+
+
+def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
+    """Its numbers mean nothing on a CPU; that every way to send gives one loss does."""
+    sizes = [
+        "--layers",
+        "4",
+        "--hidden",
+        "32",
+        "--ffn",
+        "48",
+        "--vocabulary",
+        "64",
+        "--length",
+        "8",
+        "--micro-batch",
+        "1",
+    ]
+    few = ["--micro-batches", "4", "--steps", "1", "--chunks", "2", "--links", "nvlink"]
+    done = run_tool("--out", tmp_path, *sizes, *few)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = [json.loads(line) for line in (tmp_path / "pipeline.jsonl").read_text().splitlines()]
+    assert [(r["mode"], r["stages"]) for r in results] == [
+        ("plain", 1),
+        ("none", 1),
+        ("plain", 2),
+        ("none", 2),
+        ("post", 2),
+        ("late", 2),
+        ("sends", 2),
+        ("plain-free", 2),
+    ]
+    assert (tmp_path / "pipeline.md").read_text().count("\n") == 2 + len(results)
+    staged = [r for r in results if r["stages"] == 2]
+    assert len({r["loss"] for r in staged if not r["mode"].startswith("plain")}) == 1
+    assert len({r["loss"] for r in staged if r["mode"].startswith("plain")}) == 1

@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""What pipeline boundaries of n streams cost on two GPUs, and what they cost on paper.
+
+    python tools/benchmark_pipeline.py --out runs/pipeline [--trace] [--cases none post] ...
+    python tools/benchmark_pipeline.py --estimate --stages 8 --chunks 4 --link 50 --forward-ms 9
+
+A step is the forward and backward passes of a global batch, without the optimizer. Cases:
+
+    plain        without mHC, as Megatron 0.19.2 runs it
+    plain-free   without mHC, sends not waited for
+    none         mHC, --mhc-pipeline-overlap none
+    sends        mHC, sends not waited for, merges on the main stream
+    post         mHC, --mhc-pipeline-overlap post
+    late         the same, without receiving ahead in warm-up and cool-down
+
+each in two stages; plain and none also on one GPU. The slow link is NCCL_P2P_DISABLE=1, through
+host memory. Writes pipeline.jsonl (a line a case, as they end), pipeline.md and, with --trace,
+Chrome traces of overlap none and post and a picture of them.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_mhc.errors import UserError  # noqa: E402
+from megatron_mhc.report.console import table_console  # noqa: E402
+from megatron_mhc.report.pipeline_estimate import MODES, Cluster  # noqa: E402
+from megatron_mhc.report.pipeline_results import COLUMNS, markdown, rows  # noqa: E402
+from megatron_mhc.report.timeline import draw_timelines  # noqa: E402
+from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
+
+WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
+CASES = ("plain", "none", "post", "late", "sends", "plain-free")
+LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
+"""Name of a link to the environment that makes NCCL use it."""
+TRACED = ("none", "post")
+RANKS = 2
+
+
+def estimate(args) -> None:
+    """Print the paper model's step for a cluster."""
+    cluster = Cluster(
+        stages=args.stages,
+        chunks=args.chunks[0],
+        micro_batches=args.micro_batches,
+        channels=args.hidden,
+        streams=args.streams,
+        tokens=args.length * args.micro_batch,
+        link=args.link,
+        forward_ms=args.forward_ms,
+    )
+    table = Table(
+        title=f"{cluster.stages} stages x {cluster.chunks} chunks, {cluster.micro_batches} "
+        f"micro-batches of {cluster.tokens} tokens, C {cluster.channels}, n {cluster.streams}, "
+        f"{cluster.link:g} GB/s, chunk forward {cluster.forward_ms:g} ms"
+    )
+    for heading in ("case", "transfer ms", "compute ms", "bubble ms", "exposed ms", "% of step"):
+        table.add_column(heading)
+    for mode in MODES:
+        exposed, step = cluster.exposed_ms(mode), cluster.step_ms(mode)
+        values = (cluster.transfer_ms(mode), cluster.compute_ms, cluster.bubble_ms, exposed)
+        share = f"{100 * exposed / step:.2f}"
+        table.add_row(mode, *(f"{value:.2f}" for value in values), share)
+    table_console().print(table)
+
+
+def settings_of(args, link: str) -> dict:
+    """What a worker is told; the cases in the order in which they matter."""
+    alone = link == args.links[0] and not args.no_single
+    single = [("plain", 1, 1), ("none", 1, 1)] if alone else []
+    staged = [(case, RANKS, chunks) for chunks in args.chunks for case in args.cases]
+    return {
+        "link": link,
+        "cases": [*single, *staged],
+        "traced": [f"{case} {args.chunks[0]}" for case in TRACED] if args.trace else [],
+        "profile": not args.no_profile,
+        **{
+            name: getattr(args, name)
+            for name in ("layers", "hidden", "ffn", "streams", "vocabulary", "length")
+        },
+        "micro_batch": args.micro_batch,
+        "micro_batches": args.micro_batches,
+        "steps": args.steps,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_workers(args, link: str) -> list[subprocess.Popen]:
+    """The ranks of one link, importing and waiting for their turn."""
+    port = free_port()
+    workers = []
+    for rank in range(RANKS):
+        environment = {
+            "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # with 1, streams share a queue
+            "NCCL_NVLS_ENABLE": "0",
+            **os.environ,
+            **LINKS[link],
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(RANKS),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        with open(args.out / f"{link}.{rank}.log", "w") as log:
+            command = [sys.executable, str(WORKER), json.dumps(settings_of(args, link))]
+            workers.append(
+                subprocess.Popen(
+                    [*command, str(args.out)],
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+    return workers
+
+
+def run_workers(args, link: str, workers: list[subprocess.Popen]) -> None:
+    """Let the ranks of one link run to their end.
+
+    Raises:
+        UserError: one of them failed; with the end of its log.
+    """
+    for worker in workers:
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    while any(worker.poll() is None for worker in workers):
+        failed = [rank for rank, worker in enumerate(workers) if worker.poll()]
+        if failed:
+            break
+        time.sleep(0.2)
+    for rank, worker in enumerate(workers):
+        if worker.poll():
+            tail = (args.out / f"{link}.{rank}.log").read_text()[-4000:]
+            raise UserError(f"rank {rank} on link {link} failed:\n{tail}")
+
+
+def wait_until_loaded(args, workers: dict[str, list[subprocess.Popen]]) -> None:
+    """Returns when no import is left that could disturb a step."""
+    for link, ranks in workers.items():
+        for rank, worker in enumerate(ranks):
+            log = args.out / f"{link}.{rank}.log"
+            while "loaded" not in log.read_text() and worker.poll() is None:
+                time.sleep(0.2)
+
+
+def finish_traces(folder: Path) -> None:
+    """From the workers' kernels to Chrome traces and a picture for each link."""
+    steps: dict[str, dict[str, list[Kernel]]] = {}
+    for path in sorted(folder.glob("trace-*.json")):
+        kernels = [Kernel(*fields) for fields in json.loads(path.read_text())]
+        _, link, case = path.stem.split("-", 2)
+        steps.setdefault(link, {})[case] = kernels
+        with gzip.open(path.with_suffix(".json.gz"), "wt") as file:
+            json.dump(chrome_trace(kernels), file)
+        path.unlink()
+    for link, cases in steps.items():
+        draw_timelines(cases, folder / f"pipeline-{link}.png")
+
+
+def measure(args) -> None:
+    # A run that is cut short, by timeout or a scheduler, reports what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    args.out.mkdir(parents=True, exist_ok=True)
+    results_file = args.out / "pipeline.jsonl"
+    results_file.unlink(missing_ok=True)
+    workers = {link: start_workers(args, link) for link in args.links}
+    try:
+        wait_until_loaded(args, workers)
+        for link, ranks in workers.items():
+            run_workers(args, link, ranks)
+    finally:
+        for worker in (worker for ranks in workers.values() for worker in ranks):
+            if worker.poll() is None:
+                worker.kill()
+            worker.wait()
+        if results_file.exists():
+            report(args, results_file)
+
+
+def report(args, results_file: Path) -> None:
+    """What there is, also of a run that was cut short."""
+    settings = settings_of(args, args.links[0])
+    results = [json.loads(line) for line in results_file.read_text().splitlines()]
+    (args.out / "pipeline.md").write_text(markdown(results, settings))
+    finish_traces(args.out)
+    table = Table(*COLUMNS)
+    for row in rows(results, settings):
+        table.add_row(*row)
+    table_console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for results and logs")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--chunks", nargs="+", type=int, default=[2, 1, 4])
+    parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--ffn", type=int, default=11008)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=2048, help="small: stages stay equal")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps")
+    parser.add_argument("--trace", action="store_true", help="of overlap none and post")
+    parser.add_argument("--no-single", action="store_true", help="leave the models of one GPU out")
+    parser.add_argument("--no-profile", action="store_true", help="step times only")
+    parser.add_argument("--estimate", action="store_true", help="the model on paper, no GPU")
+    parser.add_argument("--stages", type=int, default=2, help="of --estimate")
+    parser.add_argument("--link", type=float, default=50.0, help="GB/s of --estimate")
+    parser.add_argument("--forward-ms", type=float, default=10.0, help="chunk's, of --estimate")
+    args = parser.parse_args()
+    if args.estimate:
+        estimate(args)
+    elif args.out is None:
+        raise UserError("--out: a folder for the results is needed, or --estimate")
+    else:
+        measure(args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as problem:
+        print(f"benchmark_pipeline.py: error: {problem}", file=sys.stderr)
+        sys.exit(2)
