@@ -10,6 +10,7 @@ from torch import Tensor
 from .config import MHCConfig
 from .hyper_head import HyperHead
 from .layer import parameter_device
+from .recompute_blocks import block_layers
 from .state import StreamState
 
 
@@ -44,10 +45,14 @@ class MHCTransformerBlock(TransformerBlock):
                 device=parameter_device(config),
             )
             self.final_layernorm.register_forward_pre_hook(self._collapse)
+        if self.mhc.recompute and self.layers:
+            layers = block_layers(self.mhc, len(self.layers))
+            for layer in self.layers[::layers]:
+                layer.starts_recomputed_block = True
 
     def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
         (state,) = inputs
-        if not isinstance(state, StreamState):  # full recompute hands over tensors
+        if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
         return self.hyper_head(state)
 

@@ -1,0 +1,34 @@
+"""How many layers make a recomputed block: the paper's eq. 20."""
+
+import math
+
+from .config import MHCConfig
+
+SUBLAYERS = 2
+"""To a transformer layer: attention and MLP, each with a connection of its own."""
+
+
+def residual_units(layers: int, block: int, n: int) -> int:
+    """Memory of a stage's residual streams, n C ceil(L / L_r) + (n + 2) C L_r (eq. 20), over C.
+
+    The first term is kept, the streams at the start of every block; the second is what one block's
+    replay forms: X', u and the normalised u of each of its sublayers.
+
+    Args:
+        layers: transformer layers of the stage, L / 2.
+        block: transformer layers to a block, L_r / 2.
+        n: residual streams.
+    """
+    return n * math.ceil(layers / block) + (n + 2) * SUBLAYERS * block
+
+
+def best_block_layers(layers: int, n: int) -> int:
+    """The block size, in layers, that makes :func:`residual_units` least; the smaller of equals."""
+    return min(range(1, layers + 1), key=lambda block: residual_units(layers, block, n))
+
+
+def block_layers(mhc: MHCConfig, layers: int) -> int:
+    """Layers to a block in a stage of ``layers``; a block never crosses a stage's end."""
+    if mhc.recompute_layer_num is None:
+        return best_block_layers(layers, mhc.num_streams)
+    return min(mhc.recompute_layer_num, layers)
