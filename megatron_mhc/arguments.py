@@ -14,6 +14,8 @@ DEFAULTS = {
     "mhc_residual_mixing": MHCConfig.residual_mixing,
     "mhc_eps": MHCConfig.eps,
     "mhc_backend": MHCConfig.backend,
+    "mhc_recompute": MHCConfig.recompute,
+    "mhc_recompute_layer_num": MHCConfig.recompute_layer_num,
     "mhc_log_gain_interval": 0,
 }
 
@@ -24,6 +26,8 @@ FLAG_OF_FIELD = {
     "residual_mixing": "--mhc-residual-mixing",
     "eps": "--mhc-eps",
     "backend": "--mhc-backend",
+    "recompute": "--mhc-recompute",
+    "recompute_layer_num": "--mhc-recompute-layer-num",
 }
 """MHCConfig field to the flag that sets it."""
 
@@ -61,6 +65,18 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--mhc-backend",
         choices=("auto", "triton", "torch"),
         help="Kernels; auto takes Triton where it can and says so where it cannot. [auto]",
+    )
+    group.add_argument(
+        "--mhc-recompute",
+        action="store_true",
+        default=None,
+        help="Discard streams and sublayer inputs, and replay them in the backward pass. [off]",
+    )
+    group.add_argument(
+        "--mhc-recompute-layer-num",
+        type=int,
+        help="Transformer layers (two sublayers each) to a recomputed block. "
+        "[the paper's eq. 20 for the layers of the stage]",
     )
     group.add_argument(
         "--mhc-log-gain-interval",
@@ -107,6 +123,7 @@ def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
     given = [name for name in DEFAULTS if getattr(args, name) is not None]
     if given and not args.mhc:
         values = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in given)
+        values = values.replace(" True", "")
         raise UserError(f"{values}: has no effect without --mhc; add --mhc or leave it out")
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -117,6 +134,11 @@ def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
         raise UserError(
             f"--mhc-log-gain-interval {args.mhc_log_gain_interval}: "
             "expected 0 (never) or a number of steps"
+        )
+    if args.mhc_recompute_layer_num is not None and not args.mhc_recompute:
+        raise UserError(
+            f"--mhc-recompute-layer-num {args.mhc_recompute_layer_num}: has no effect without "
+            "--mhc-recompute; add --mhc-recompute or leave it out"
         )
     mhc = mhc_config_from_args(args)
     if mhc.num_streams == 1:

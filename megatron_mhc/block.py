@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.utils import WrappedTensor, make_viewless_tensor
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .config import MHCConfig
 from .hyper_head import HyperHead
 from .layer import parameter_device
+from .recompute import InFlight
 from .recompute_blocks import block_layers
 from .state import StreamState
 
@@ -49,12 +51,37 @@ class MHCTransformerBlock(TransformerBlock):
             layers = block_layers(self.mhc, len(self.layers))
             for layer in self.layers[::layers]:
                 layer.starts_recomputed_block = True
+        self._in_flight: list[InFlight] = []
 
     def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
         (state,) = inputs
         if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
+        self._note(state)
         return self.hyper_head(state)
+
+    def _note(self, state: StreamState) -> None:
+        self._in_flight = [passed for passed in self._in_flight if passed.waiting]
+        if state.discarded is not None:
+            self._in_flight.append(InFlight(state.discarded))
+
+    def replay_ahead(self, stream: torch.cuda.Stream | None = None) -> bool:
+        """Replay what the next backward pass through this stage needs first: its last block.
+
+        For a pipeline to call before it waits for the gradient: the replay needs nothing of it.
+        Forward passes are taken in their order, as every schedule's backward passes are. Earlier
+        blocks of the stage are replayed when the backward pass reaches them.
+
+        Args:
+            stream: where to replay; None is the current one.
+
+        Returns:
+            Whether there was anything to replay.
+        """
+        waiting = [passed for passed in self._in_flight if passed.waiting]
+        if waiting:
+            waiting[0].replay(stream)
+        return bool(waiting)
 
     def forward(self, hidden_states: Tensor | WrappedTensor | None, *args: Any, **kwargs: Any):
         """TransformerBlock's forward, on streams.
@@ -73,6 +100,7 @@ class MHCTransformerBlock(TransformerBlock):
             hidden_states = entry.to_flat(self.mhc.backend)
         output = super().forward(hidden_states, *args, **kwargs)
         if isinstance(output, StreamState):
+            self._note(output)
             output = output.to_flat(self.mhc.backend)
             # A pipeline stage frees what it sent, and asserts that it is no view.
             output = make_viewless_tensor(output, requires_grad=True, keep_graph=True)

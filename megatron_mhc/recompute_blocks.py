@@ -1,8 +1,10 @@
 """How many layers make a recomputed block: the paper's eq. 20."""
 
 import math
+from collections.abc import Sequence
 
 from .config import MHCConfig
+from .errors import UserError
 
 SUBLAYERS = 2
 """To a transformer layer: attention and MLP, each with a connection of its own."""
@@ -32,3 +34,28 @@ def block_layers(mhc: MHCConfig, layers: int) -> int:
     if mhc.recompute_layer_num is None:
         return best_block_layers(layers, mhc.num_streams)
     return min(mhc.recompute_layer_num, layers)
+
+
+def describe_blocks(mhc: MHCConfig, stages: Sequence[int]) -> str:
+    """What is recomputed, in one line for the start of a run.
+
+    Args:
+        mhc: with ``recompute``.
+        stages: transformer layers of each (virtual) pipeline stage.
+
+    Raises:
+        UserError: blocks larger than every stage.
+    """
+    asked, largest = mhc.recompute_layer_num, max(stages)
+    if asked is not None and asked > largest:
+        raise UserError(
+            f"--mhc-recompute-layer-num {asked}: a block ends with its pipeline stage, and the "
+            f"largest has {largest} layers; use 1 to {largest}, or leave it out for "
+            f"{best_block_layers(largest, mhc.num_streams)} (the paper's eq. 20)"
+        )
+    sizes = [
+        f"{block_layers(mhc, layers)} layers in a stage of {layers}"
+        for layers in sorted(set(stages) - {0})
+    ]
+    why = "eq. 20" if asked is None else f"--mhc-recompute-layer-num {asked}"
+    return f"mHC recompute: blocks of {', '.join(sizes)} ({why})"
