@@ -75,6 +75,7 @@ class Replay:
             i if isinstance(i, Discarded) else i.detach() for i in inputs
         ]
         self._requires_grad = requires_grad
+        self._with_graph = torch.is_grad_enabled()  # not inside an autograd.Function
         # Weak: a tensor that nobody waits for any more is not kept, and not replayed for nobody.
         self._results: list[weakref.ref[Discarded]] = []
         self.followers: list[weakref.ref[Replay]] = []  # what takes its results
@@ -131,7 +132,7 @@ class Replay:
         leaves = [
             tensor.detach().requires_grad_(flag) for tensor, flag in zip(given, self._requires_grad)
         ]
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self._with_graph):
             outputs = self._function(*leaves)
         tensors = [*outputs, *(tensor for tensor, _ in saved_between(outputs, leaves))]
         if len(tensors) != len(self._results):
