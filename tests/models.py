@@ -20,7 +20,7 @@ def start_megatron() -> None:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
-    patches.apply()
+    patches.apply(flags=["--mhc-recompute"])
 
 
 def build_gpt(mhc: MHCConfig | None, *, transformer_engine: bool = False, tied=False, **overrides):
