@@ -121,9 +121,13 @@ def recomputed(stage: Stage, streams: int, block: int) -> Estimate:
     sublayers, unit = SUBLAYERS * stage.layers, stage.channel_bytes
     small = coefficient_bytes(streams) * unit / (2 * stage.hidden)
     normalized = stage.normalized_bytes() if stage.fp8 else 0
-    kept = math.ceil(stage.layers / block) * streams * unit
+    blocks = math.ceil(stage.layers / block)
+    merge = 4 * (streams + streams**2) * unit / (2 * stage.hidden)  # post and comb, float32
+    kept = blocks * streams * unit + (blocks - 1) * merge
     kept += sublayers * (unit + normalized) + unit
     replayed = SUBLAYERS * block * ((streams + 1) * unit + small)
+    if blocks == 1:
+        replayed -= streams * unit  # the first mapping's streams are the ones that are kept
     return _estimate(stage, kept, replayed + streams * unit)
 
 

@@ -5,73 +5,20 @@ import gc
 import pytest
 import torch
 
-from megatron_mhc import HyperConnection, HyperHead, MHCConfig, StreamState, recompute
-from megatron_mhc.patches import te_normalization
+from megatron_mhc import HyperConnection, MHCConfig, recompute
 from megatron_mhc.saved_tensors import saved_between
 from tests.live_memory import LiveMemory
 from tests.models import build_gpt, random_tokens, scramble_mappings
+from tests.stack import NormLinear, Stack
 
 TOKENS, CHANNELS, STREAMS = 64, 32, 4
 UNIT = TOKENS * CHANNELS * 4
 """Bytes of C channels of every token, float32."""
 
 
-class NormLinear(torch.autograd.Function):
-    """Saves what Transformer Engine's LayerNormLinear saves: its input and what its norm gave."""
-
-    @staticmethod
-    def forward(ctx, u, weight):
-        flat = u.view(-1, CHANNELS)
-        y = NormLinear.norm(flat)
-        ctx.save_for_backward(flat, weight, y)
-        return (y @ weight).view(u.shape)
-
-    @staticmethod
-    def norm(u):
-        """By the patch of Transformer Engine's function, of that function's signature."""
-        apply_normalization = te_normalization.PATCH.build(
-            lambda u, out, weight, bias, eps, quantizer, *rest: (torch.tanh(u), None, None)
-        )
-        return apply_normalization(u, None, None, None, 1e-6, None, u.dtype, "RMSNorm", 0, False)[0]
-
-    @staticmethod
-    def backward(ctx, df):
-        flat, weight, y = ctx.saved_tensors
-        du = (df @ weight.t()) * (1 - torch.tanh(flat).square())
-        return du, y.t() @ df
-
-
-class Stack(torch.nn.Module):
-    """Sublayers of one NormLinear each, between the streams' entry and exit."""
-
-    def __init__(self, mhc: MHCConfig, sublayers: int, block: int) -> None:
-        super().__init__()
-        self.mhc, self.block = mhc, block
-        self.connections = torch.nn.ModuleList(
-            HyperConnection(mhc, CHANNELS, sublayer) for sublayer in range(sublayers)
-        )
-        self.weights = torch.nn.ParameterList(
-            torch.nn.Parameter(torch.randn(CHANNELS, CHANNELS) / CHANNELS**0.5)
-            for _ in range(sublayers)
-        )
-        self.head = HyperHead(mhc, CHANNELS)
-
-    def forward(self, h):
-        state = StreamState.expand(h, self.mhc.num_streams)
-        for index, (connection, weight) in enumerate(zip(self.connections, self.weights)):
-            if index % self.block == 0:
-                state = state.kept()
-            u, residual = connection(state)
-            with recompute.sublayer(u, residual.u_stand_in) as discard_input:
-                f = NormLinear.apply(u, weight)
-                discard_input(f)
-            state = residual.add(f)
-        return self.head(state)
-
-
 def stack(recomputed: bool, sublayers: int = 6, block: int = 3) -> Stack:
     torch.manual_seed(0)
-    model = Stack(MHCConfig(recompute=recomputed), sublayers, block)
+    model = Stack(MHCConfig(recompute=recomputed), CHANNELS, sublayers, block)
     scramble_mappings(model)
     return model
 
