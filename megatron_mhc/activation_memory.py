@@ -28,7 +28,7 @@ class Stage:
         fp8: linear layers keep their inputs in 8 bits.
         tensor_parallel: ranks that share a layer.
         sequence_parallel: they also share the tokens outside attention and MLP.
-        in_flight: micro-batches whose backward pass is still to come, at most.
+        in_flight: passes through it whose backward pass is still to come, at most.
     """
 
     layers: int
@@ -143,16 +143,14 @@ def best_block(stage: Stage, streams: int) -> int:
     return min(range(1, stage.layers + 1), key=lambda block: recomputed(stage, streams, block).peak)
 
 
-def micro_batches_in_flight(rank: int, stages: int, virtual: int, micro_batches: int) -> float:
-    """Forward passes whose backward pass is still to come on a pipeline rank, at most.
+def passes_in_flight(rank: int, stages: int, virtual: int, micro_batches: int) -> int:
+    """Forward passes through one of a rank's stages whose backward pass is still to come, at most.
 
     Args:
-        rank, stages: of the pipeline. virtual: model chunks to a rank. micro_batches: of a step.
-
-    Returns:
-        Micro-batches through all of a rank's layers: a multiple of 1 / ``virtual``.
+        rank, stages: pipeline rank and number of ranks. virtual: stages to a rank.
+        micro_batches: of a step.
     """
     if virtual == 1:
         return min(stages - rank, micro_batches)
-    chunks = (stages - rank - 1) * 2 + (virtual - 1) * stages + 1
-    return min(chunks, micro_batches * virtual) / virtual
+    ahead = (stages - rank - 1) * 2 + (virtual - 1) * stages + 1
+    return min(ahead, micro_batches * virtual)

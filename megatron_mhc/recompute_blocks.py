@@ -54,7 +54,7 @@ def describe_blocks(mhc: MHCConfig, stages: Sequence[int]) -> str:
             f"{best_block_layers(largest, mhc.num_streams)} (the paper's eq. 20)"
         )
     sizes = [
-        f"{block_layers(mhc, layers)} layers in a stage of {layers}"
+        f"N={block_layers(mhc, layers)} in a stage of {layers} layers"
         for layers in sorted(set(stages) - {0})
     ]
     why = "eq. 20" if asked is None else f"--mhc-recompute-layer-num {asked}"
