@@ -135,11 +135,6 @@ def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
             f"--mhc-log-gain-interval {args.mhc_log_gain_interval}: "
             "expected 0 (never) or a number of steps"
         )
-    if args.mhc_recompute_layer_num is not None and not args.mhc_recompute:
-        raise UserError(
-            f"--mhc-recompute-layer-num {args.mhc_recompute_layer_num}: has no effect without "
-            "--mhc-recompute; add --mhc-recompute or leave it out"
-        )
     mhc = mhc_config_from_args(args)
     if mhc.num_streams == 1:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import MHCConfig
 from .hyper_head import HyperHead
 from .layer import parameter_device
-from .recompute import InFlight
+from .recompute_ahead import InFlight
 from .recompute_blocks import block_layers
 from .state import StreamState
 

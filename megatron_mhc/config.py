@@ -47,10 +47,17 @@ class MHCConfig:
             raise ValueError(
                 f"init_gating_factor={self.init_gating_factor!r}: expected -1 to 1 (paper: 0.01)"
             )
-        blocks = self.recompute_layer_num
-        if blocks is not None and (not isinstance(blocks, int) or blocks < 1):
+        block = self.recompute_layer_num
+        if block is not None and (
+            not isinstance(block, int) or isinstance(block, bool) or block < 1
+        ):
             raise ValueError(
-                f"recompute_layer_num={blocks!r}: expected a number of layers, 1 or more"
+                f"recompute_layer_num={block!r}: expected a number of layers, 1 or more"
+            )
+        if block is not None and not self.recompute:
+            raise ValueError(
+                f"recompute_layer_num={block}: has no effect without --mhc-recompute "
+                "(recompute=True); add it or leave it out"
             )
         for name, choices in (("residual_mixing", RESIDUAL_MIXINGS), ("backend", BACKENDS)):
             if getattr(self, name) not in choices:

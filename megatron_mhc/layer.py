@@ -5,7 +5,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from . import recompute
+from . import recompute_sublayer
 from .config import MHCConfig
 from .hyper_connection import HyperConnection
 from .state import StreamState
@@ -52,7 +52,7 @@ class MHCTransformerLayer(TransformerLayer):
         if mhc.recompute:
             for norm in (self.input_layernorm, self.pre_mlp_layernorm):
                 if not isinstance(norm, IdentityOp):  # a fused norm reports by its patch
-                    recompute.reporting(norm)
+                    recompute_sublayer.reporting(norm)
 
     def _connection(self, sublayer: int) -> HyperConnection:
         config = self.config
@@ -83,11 +83,11 @@ class MHCTransformerLayer(TransformerLayer):
             state = state.kept()
 
         u, residual = self.self_attention_hyper_connection(state)
-        with recompute.sublayer(u, residual.u_stand_in) as discard_input:
+        with recompute_sublayer.sublayer(u, residual.u_stand_in) as discard_input:
             f, context = self._forward_attention(u, *args, **kwargs)
             discard_input(f)
         u, residual = self.mlp_hyper_connection(residual.add(f))
-        with recompute.sublayer(u, residual.u_stand_in) as discard_input:
+        with recompute_sublayer.sublayer(u, residual.u_stand_in) as discard_input:
             f = self._forward_mlp(
                 u,
                 kwargs.get("inference_context"),

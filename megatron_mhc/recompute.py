@@ -11,10 +11,8 @@ go are replaced one by one by a :class:`Discarded`. No graph is built twice, gra
 in the same order, and what is not replaced (parameters, a sublayer's own activations) is untouched.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,7 +88,7 @@ class Replay:
         """
         stand_ins = tuple(self._result() for _ in outputs)
         for _, saved in saved_between(outputs, inputs):
-            _replace(saved, self._result(), Discarded.get)
+            replace_saved(saved, self._result(), Discarded.get)
         return stand_ins
 
     def _result(self) -> Discarded:
@@ -153,7 +151,7 @@ class Replay:
         self._inputs = self._function = None
 
 
-def _replace(saved, packed: object, unpack: Callable[[object], Tensor]) -> None:
+def replace_saved(saved, packed: object, unpack: Callable[[object], Tensor]) -> None:
     """Let autograd hold ``packed`` where it holds a saved tensor."""
     saved.register_hooks(lambda _: packed, unpack)
 
@@ -191,142 +189,3 @@ class Mapped(NamedTuple):
     u: Discarded
     post: Discarded
     comb: Discarded
-
-
-class InFlight:
-    """A forward pass through a stage whose last block waits for its backward pass.
-
-    Holds nothing in memory: it is over when autograd has released the block.
-
-    Args:
-        mapped: of the stage's last mapping.
-    """
-
-    def __init__(self, mapped: Mapped) -> None:
-        self._last = weakref.ref(mapped.x.source)
-        self._made = None
-        if torch.cuda.is_available():
-            self._made = torch.cuda.current_stream().record_event()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether there is anything left to replay."""
-        last = self._last()
-        return last is not None and not last.done
-
-    def replay(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Replay the stage's last block, norms and final merge too, without waiting for it.
-
-        Args:
-            stream: where to; None is the current one. It waits for the forward pass only. Whoever
-                reads a replayed tensor waits for its own event.
-        """
-        if not self.waiting:
-            return
-        mappings = self._last().chain()
-        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
-            if self._made is not None:
-                torch.cuda.current_stream().wait_event(self._made)
-            for mapping in mappings:
-                mapping.form()
-                for reference in mapping.followers:
-                    follower = reference()
-                    if follower is not None and follower not in mappings:
-                        follower.form()
-
-
-class _View:
-    """A view of a discarded tensor."""
-
-    __slots__ = ("_discarded", "_offset", "_size", "_stride")
-
-    def __init__(self, view: Tensor, base: Tensor, discarded: Discarded) -> None:
-        self._discarded = discarded
-        self._size, self._stride = view.size(), view.stride()
-        self._offset = view.storage_offset() - base.storage_offset()
-
-    def get(self) -> Tensor:
-        base = self._discarded.get()
-        return base.as_strided(self._size, self._stride, base.storage_offset() + self._offset)
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Where a tensor's storage begins; None for subclasses, whose storage may be none."""
-    if type(tensor) is not Tensor or not tensor.numel():
-        return None
-    return tensor.untyped_storage().data_ptr()
-
-
-class _Sublayer:
-    """What one sublayer computes from its input u [..., C], while it runs."""
-
-    def __init__(self, u: Tensor, discarded: Discarded) -> None:
-        self._u = u
-        # The tensors are held: an address says something only while its storage is alive.
-        self._known: dict[int | None, tuple[Tensor, Discarded]] = {_address(u): (u, discarded)}
-
-    def add_norm(self, norm: Callable[[Tensor], Tensor], u: Tensor, y: Tensor) -> None:
-        """Note that ``norm(u)`` gave y, if that is this sublayer's u."""
-        if _address(y) is None or _address(u) != _address(self._u):
-            return
-        _, discarded = self._known[_address(u)]
-        shape = u.shape
-
-        def norm_again(u: Tensor) -> tuple[Tensor]:
-            return (norm(u.view(shape)),)
-
-        replay = Replay(norm_again, [discarded], [u.requires_grad])
-        (stand_in,) = replay.discard([y], [u])
-        self._known[_address(y)] = (y, stand_in)
-
-    def discard_input(self, f: Tensor) -> None:
-        """Drop u and its normalised form from what the sublayer that gave f saved."""
-        for tensor, saved in saved_between([f], [known for known, _ in self._known.values()]):
-            address = _address(tensor)
-            if address in self._known and address is not None:
-                base, discarded = self._known[address]
-                if base.dtype == tensor.dtype:
-                    _replace(saved, _View(tensor, base, discarded), _View.get)
-
-
-_running: ContextVar[_Sublayer | None] = ContextVar("the sublayer that runs now", default=None)
-
-
-@contextlib.contextmanager
-def sublayer(u: Tensor, discarded: Discarded | None) -> Iterator[Callable[[Tensor], None]]:
-    """The sublayer of input u runs inside the block; norms report to it what they gave.
-
-    Args:
-        u: [..., C]. discarded: its stand-in, or None where nothing is recomputed.
-
-    Yields:
-        What to call with the sublayer's output f: drops u and its normalised form.
-    """
-    if discarded is None:
-        yield lambda f: None
-        return
-    running = _Sublayer(u, discarded)
-    token = _running.set(running)
-    try:
-        yield running.discard_input
-    finally:
-        _running.reset(token)
-
-
-def report_norm(norm: Callable[[Tensor], Tensor], u: Tensor, y: Tensor) -> None:
-    """What a norm calls after it gave y = norm(u); does nothing outside a recomputed sublayer.
-
-    Args:
-        norm: is called again in the backward pass, with the replayed u.
-        u: the norm's input, or a view of all of it. y: its output.
-    """
-    running = _running.get()
-    if running is not None:
-        running.add_norm(norm, u, y)
-
-
-def reporting(norm: torch.nn.Module) -> None:
-    """Have a norm module report what it gives."""
-    norm.register_forward_hook(
-        lambda module, inputs, output: report_norm(module.forward, inputs[0], output)
-    )

@@ -8,12 +8,12 @@ from .record import Patch
 def _build(original):
     def apply_normalization(u, out, weight, bias, eps, quantizer, *rest):
         # Imported here: the patch records must load before Megatron does.
-        from megatron_mhc import recompute
+        from megatron_mhc import recompute_sublayer
 
         results = original(u, out, weight, bias, eps, quantizer, *rest)
         # A quantized output is a byte a channel, and is kept.
         if quantizer is None and out is None:
-            recompute.report_norm(
+            recompute_sublayer.report_norm(
                 lambda u: original(u, None, weight, bias, eps, None, *rest)[0], u, results[0]
             )
         return results

@@ -2,8 +2,9 @@
 
 import torch
 
-from megatron_mhc import HyperConnection, HyperHead, MHCConfig, StreamState, recompute
+from megatron_mhc import HyperConnection, HyperHead, MHCConfig, StreamState, recompute_sublayer
 from megatron_mhc.patches import te_normalization
+from megatron_mhc.recompute_ahead import InFlight
 
 
 class NormLinear(torch.autograd.Function):
@@ -59,10 +60,10 @@ class Stack(torch.nn.Module):
             if index % self.block == 0:
                 state = state.kept()
             u, residual = connection(state)
-            with recompute.sublayer(u, residual.u_stand_in) as discard_input:
+            with recompute_sublayer.sublayer(u, residual.u_stand_in) as discard_input:
                 f = NormLinear.apply(u, weight)
                 discard_input(f)
             state = residual.add(f)
         if state.discarded is not None:
-            self.in_flight = recompute.InFlight(state.discarded)
+            self.in_flight = InFlight(state.discarded)
         return self.head(state)

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from megatron_mhc import HyperConnection, MHCConfig, recompute
+from megatron_mhc import HyperConnection, MHCConfig, recompute, recompute_sublayer
 from megatron_mhc.saved_tensors import saved_between
 from tests.live_memory import LiveMemory
 from tests.models import build_gpt, random_tokens, scramble_mappings
@@ -93,7 +93,7 @@ def test_parameters_stay_the_objects_they_are():
     """Megatron's linear layers mark the weight that comes out of the graph."""
     u, weight = entry().requires_grad_(), torch.nn.Parameter(torch.eye(CHANNELS))
     (v,), (stand_in,) = recompute.run(lambda u: (u * 2,), [u], [None])
-    with recompute.sublayer(v, stand_in) as discard_input:
+    with recompute_sublayer.sublayer(v, stand_in) as discard_input:
         f = NormLinear.apply(v, weight)
         discard_input(f)
     assert f.grad_fn.saved_tensors[1] is weight
@@ -126,9 +126,9 @@ def test_a_function_that_changes_is_caught():
 def test_a_norm_of_something_else_is_left_alone():
     x = entry().requires_grad_()
     (u,), (stand_in,) = recompute.run(lambda x: (x * 2,), [x], [None])
-    with recompute.sublayer(u, stand_in) as discard_input:
+    with recompute_sublayer.sublayer(u, stand_in) as discard_input:
         q = u + 1
-        recompute.report_norm(torch.tanh, q, torch.tanh(q))
+        recompute_sublayer.report_norm(torch.tanh, q, torch.tanh(q))
         f = q.square()
         discard_input(f)
     f.sum().backward()
