@@ -13,4 +13,4 @@ ${TORCHRUN:-torchrun} --nproc-per-node 2 "$here/pretrain_gpt.py" \
     --micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 \
     --mock-data --tokenizer-type NullTokenizer --vocab-size 257 \
     --no-create-attention-mask-in-dataloader \
-    --log-interval 1 --eval-interval 10 --eval-iters 1
+    --log-interval 1 --eval-interval 10 --eval-iters 1 "$@"

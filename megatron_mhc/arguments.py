@@ -15,6 +15,8 @@ DEFAULTS = {
     "mhc_eps": MHCConfig.eps,
     "mhc_backend": MHCConfig.backend,
     "mhc_pipeline_overlap": "post",
+    "mhc_recompute": MHCConfig.recompute,
+    "mhc_recompute_layer_num": MHCConfig.recompute_layer_num,
     "mhc_log_gain_interval": 0,
 }
 
@@ -25,6 +27,8 @@ FLAG_OF_FIELD = {
     "residual_mixing": "--mhc-residual-mixing",
     "eps": "--mhc-eps",
     "backend": "--mhc-backend",
+    "recompute": "--mhc-recompute",
+    "recompute_layer_num": "--mhc-recompute-layer-num",
 }
 """MHCConfig field to the flag that sets it."""
 
@@ -68,6 +72,18 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=("none", "post"),
         help="post: a pipeline stage's last merge is formed and sent on a high-priority stream, "
         "and nothing waits for it; none: as Megatron sends. [post]",
+    )
+    group.add_argument(
+        "--mhc-recompute",
+        action="store_true",
+        default=None,
+        help="Discard streams and sublayer inputs, and replay them in the backward pass. [off]",
+    )
+    group.add_argument(
+        "--mhc-recompute-layer-num",
+        type=int,
+        help="Transformer layers (two sublayers each) to a recomputed block. "
+        "[the paper's eq. 20 for the layers of the stage]",
     )
     group.add_argument(
         "--mhc-log-gain-interval",
@@ -114,6 +130,7 @@ def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
     given = [name for name in DEFAULTS if getattr(args, name) is not None]
     if given and not args.mhc:
         values = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in given)
+        values = values.replace(" True", "")
         raise UserError(f"{values}: has no effect without --mhc; add --mhc or leave it out")
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.utils import WrappedTensor
 from torch import Tensor
@@ -11,6 +12,8 @@ from .config import MHCConfig
 from .hyper_head import HyperHead
 from .layer import parameter_device
 from .pipeline.boundary import PriorityStream, ProgramOrder
+from .recompute_ahead import InFlight
+from .recompute_blocks import block_layers
 from .state import StreamState
 
 
@@ -49,12 +52,41 @@ class MHCTransformerBlock(TransformerBlock):
                 device=parameter_device(config),
             )
             self.final_layernorm.register_forward_pre_hook(self._collapse)
+        if self.mhc.recompute and self.layers:
+            layers = block_layers(self.mhc, len(self.layers))
+            for layer in self.layers[::layers]:
+                layer.starts_recomputed_block = True
+        self._in_flight: list[InFlight] = []
 
     def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
         (state,) = inputs
-        if not isinstance(state, StreamState):  # full recompute hands over tensors
+        if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
+        self._note(state)
         return self.hyper_head(state)
+
+    def _note(self, state: StreamState) -> None:
+        self._in_flight = [passed for passed in self._in_flight if passed.waiting]
+        if state.discarded is not None:
+            self._in_flight.append(InFlight(state.discarded))
+
+    def replay_ahead(self, stream: torch.cuda.Stream | None = None) -> bool:
+        """Replay what the next backward pass through this stage needs first: its last block.
+
+        For a pipeline to call before it waits for the gradient: the replay needs nothing of it.
+        Forward passes are taken in their order, as every schedule's backward passes are. Earlier
+        blocks of the stage are replayed when the backward pass reaches them.
+
+        Args:
+            stream: where to replay; None is the current one.
+
+        Returns:
+            Whether there was anything to replay.
+        """
+        waiting = [passed for passed in self._in_flight if passed.waiting]
+        if waiting:
+            waiting[0].replay(stream)
+        return bool(waiting)
 
     def forward(self, hidden_states: Tensor | WrappedTensor | None, *args: Any, **kwargs: Any):
         """TransformerBlock's forward, on streams.
@@ -73,7 +105,8 @@ class MHCTransformerBlock(TransformerBlock):
             hidden_states = entry.to_flat(self.mhc.backend)
         output = super().forward(hidden_states, *args, **kwargs)
         if self.final_layernorm is None:
-            if not isinstance(output, StreamState):  # full recompute, or a stage without layers
+            if not isinstance(output, StreamState):  # a stage without layers
                 output = StreamState.from_flat(output, self.mhc.num_streams)
+            self._note(output)
             output = self.boundary.form(output, self.mhc.backend)
         return output

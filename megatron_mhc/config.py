@@ -18,6 +18,9 @@ class MHCConfig:
             "identity": each stream keeps to itself.
         eps: added to the softmax, to Sinkhorn's sums and to pre (DeepSeek-V4's hc_eps).
         backend: "auto" (Triton on a GPU it supports, else torch), "triton" or "torch".
+        recompute: discard what mHC adds to the activations and replay it in the backward pass.
+        recompute_layer_num: transformer layers (two sublayers each) to a recomputed block; None is
+            the paper's optimum for the layers of the stage.
 
     Raises:
         ValueError: a value outside its range; the message names it and what would do.
@@ -29,6 +32,8 @@ class MHCConfig:
     residual_mixing: str = "sinkhorn"
     eps: float = 1e-6
     backend: str = "auto"
+    recompute: bool = False
+    recompute_layer_num: int | None = None
 
     def __post_init__(self) -> None:
         # fn grows with n^3, and at 64 streams initial weights are still well above the largest eps.
@@ -41,6 +46,18 @@ class MHCConfig:
         if not abs(self.init_gating_factor) <= 1:
             raise ValueError(
                 f"init_gating_factor={self.init_gating_factor!r}: expected -1 to 1 (paper: 0.01)"
+            )
+        block = self.recompute_layer_num
+        if block is not None and (
+            not isinstance(block, int) or isinstance(block, bool) or block < 1
+        ):
+            raise ValueError(
+                f"recompute_layer_num={block!r}: expected a number of layers, 1 or more"
+            )
+        if block is not None and not self.recompute:
+            raise ValueError(
+                f"recompute_layer_num={block}: has no effect without --mhc-recompute "
+                "(recompute=True); add it or leave it out"
             )
         for name, choices in (("residual_mixing", RESIDUAL_MIXINGS), ("backend", BACKENDS)):
             if getattr(self, name) not in choices:

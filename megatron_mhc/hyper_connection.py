@@ -5,6 +5,7 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
+from . import recompute
 from .config import MHCConfig
 from .parameters import Float32Parameters, logit, rotate
 from .state import Residual, StreamState
@@ -64,8 +65,17 @@ class HyperConnection(Float32Parameters):
         """The sublayer's input u [..., C], and what merges its output.
 
         Args:
-            state: streams [..., n, C]; a pending merge is formed together with the mappings.
+            state: streams [..., n, C]; a pending merge is formed together with the mappings. With
+                ``config.recompute`` both, and what autograd saves of them, are discarded.
         """
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            x, u, post, comb = self._map(*state.tensors())
+            return u, Residual(x, post, comb)
+        (x, u, post, comb), stand_ins = recompute.run(self._map, state.tensors(), state.stand_ins())
+        return u, Residual(x, post, comb, recompute.Mapped(*stand_ins))
+
+    def _map(self, x: Tensor, *merge: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams, u, post and comb, of streams or of a pending merge (x, f, post, comb)."""
         config = self.config
         mapping = (self.fn, self.scale, self.base)
         options = {
@@ -75,15 +85,9 @@ class HyperConnection(Float32Parameters):
             "norm_eps": self.norm_eps,
             "backend": config.backend,
         }
-        if state.pending is None:
-            x = state.x
-            u, post, comb = kernels.mhc_pre(x, *mapping, **options)
-        else:
-            merge = state.pending
-            x, u, post, comb = kernels.mhc_post_pre(
-                state.x, merge.f, merge.post, merge.comb, *mapping, **options
-            )
-        return u, Residual(x, post, comb)
+        if merge:
+            return kernels.mhc_post_pre(x, *merge, *mapping, **options)
+        return x, *kernels.mhc_pre(x, *mapping, **options)
 
 
 def _initial_base(config: MHCConfig, sublayer: int) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
+from . import recompute
 from .config import MHCConfig
 from .parameters import Float32Parameters, logit
 from .state import StreamState
@@ -44,9 +45,15 @@ class HyperHead(Float32Parameters):
 
     def forward(self, state: StreamState) -> Tensor:
         """h [..., C] of the streams' dtype; a pending merge is formed first."""
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            return self._collapse(*state.tensors())[0]
+        return recompute.run(self._collapse, state.tensors(), state.stand_ins())[0][0]
+
+    def _collapse(self, *tensors: Tensor) -> tuple[Tensor]:
+        """h of streams (x,) or of a pending merge (x, f, post, comb)."""
         config = self.config
-        return kernels.mhc_head(
-            state.merged(config.backend),
+        h = kernels.mhc_head(
+            StreamState.from_tensors(*tensors).merged(config.backend),
             self.fn,
             self.scale,
             self.base,
@@ -54,3 +61,4 @@ class HyperHead(Float32Parameters):
             norm_eps=self.norm_eps,
             backend=config.backend,
         )
+        return (h,)

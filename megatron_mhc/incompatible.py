@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .errors import UserError
 
-RECOMPUTE_MODULES = {"core_attn", "mlp"}
+RECOMPUTE_MODULES = {"core_attn", "mlp", "moe", "shared_experts"}
 """Values of --recompute-modules that were tested with mHC."""
 
 
@@ -80,6 +80,11 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
         "--recompute-modules",
         _untested_recompute,
         f"use some of {' '.join(sorted(RECOMPUTE_MODULES))}, or --recompute-granularity full",
+    ),
+    Incompatibility(
+        "--distribute-saved-activations",
+        _set("distribute_saved_activations"),
+        "leave it out; sequence parallelism splits the streams that are kept",
     ),
     Incompatibility(
         "--overlap-moe-expert-parallel-comm",

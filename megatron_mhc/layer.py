@@ -1,9 +1,11 @@
 """Megatron's transformer layer with one hyper-connection for attention and one for the MLP."""
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from . import recompute_sublayer
 from .config import MHCConfig
 from .hyper_connection import HyperConnection
 from .state import StreamState
@@ -34,6 +36,10 @@ class MHCTransformerLayer(TransformerLayer):
 
     Args:
         mhc: the model's hyper-connection settings; the rest is TransformerLayer's.
+
+    Attributes:
+        starts_recomputed_block: the streams before this layer are kept for the backward pass; the
+            transformer block sets it.
     """
 
     def __init__(self, config, submodules, *args, mhc: MHCConfig, **kwargs) -> None:
@@ -42,6 +48,11 @@ class MHCTransformerLayer(TransformerLayer):
         first_sublayer = 2 * (self.layer_number - 1)
         self.self_attention_hyper_connection = self._connection(first_sublayer)
         self.mlp_hyper_connection = self._connection(first_sublayer + 1)
+        self.starts_recomputed_block = False
+        if mhc.recompute:
+            for norm in (self.input_layernorm, self.pre_mlp_layernorm):
+                if not isinstance(norm, IdentityOp):  # a fused norm reports by its patch
+                    recompute_sublayer.reporting(norm)
 
     def _connection(self, sublayer: int) -> HyperConnection:
         config = self.config
@@ -58,33 +69,33 @@ class MHCTransformerLayer(TransformerLayer):
         """One layer.
 
         Args:
-            hidden_states: the state between layers, or streams [s, b, n*C] where Megatron hands
-                over tensors (the block's entry, and under full recompute every layer's).
+            hidden_states: the state between layers, or streams [s, b, n*C] at a stage's entry.
             args, kwargs: TransformerLayer's.
 
         Returns:
-            The state with the MLP's merge pending (under full recompute: streams [s, b, n*C]), and
-            the context, as TransformerLayer.
+            The state with the MLP's merge pending, and the context, as TransformerLayer.
         """
         state = hidden_states
         if not isinstance(state, StreamState):
             state = StreamState.from_flat(state, self.mhc.num_streams)
 
-        u, residual = self.self_attention_hyper_connection(state)
-        f, context = self._forward_attention(u, *args, **kwargs)
-        u, residual = self.mlp_hyper_connection(residual.add(f))
-        f = self._forward_mlp(
-            u,
-            kwargs.get("inference_context"),
-            padding_mask=kwargs.get("padding_mask"),
-            packed_seq_params=kwargs.get("packed_seq_params"),
-        )
-        state = residual.add(f)
+        if self.starts_recomputed_block:
+            state = state.kept()
 
-        # Megatron's checkpointing function takes and gives tensors only.
-        if self.config.recompute_granularity == "full" and self.training:
-            return state.to_flat(self.mhc.backend), context
-        return state, context
+        u, residual = self.self_attention_hyper_connection(state)
+        with recompute_sublayer.sublayer(u, residual.u_stand_in) as discard_input:
+            f, context = self._forward_attention(u, *args, **kwargs)
+            discard_input(f)
+        u, residual = self.mlp_hyper_connection(residual.add(f))
+        with recompute_sublayer.sublayer(u, residual.u_stand_in) as discard_input:
+            f = self._forward_mlp(
+                u,
+                kwargs.get("inference_context"),
+                padding_mask=kwargs.get("padding_mask"),
+                packed_seq_params=kwargs.get("packed_seq_params"),
+            )
+            discard_input(f)
+        return residual.add(f), context
 
 
 def parameter_device(config):

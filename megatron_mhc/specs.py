@@ -5,6 +5,7 @@ import dataclasses
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -60,6 +61,8 @@ def _convert_layer(config, spec: ModuleSpec, mhc: MHCConfig) -> ModuleSpec:
         raise ValueError(f"mHC converts TransformerLayer specs, not {spec.module.__name__}")
     if (submodules.self_attn_bda, submodules.mlp_bda) != (get_bias_dropout_add,) * 2:
         raise ValueError("mHC replaces get_bias_dropout_add; this layer's spec has something else")
+    if mhc.recompute and IdentityOp in (submodules.input_layernorm, submodules.pre_mlp_layernorm):
+        patches.require("te_normalization")  # the norm is inside Transformer Engine's linear layer
     attention = submodules.self_attention
     if getattr(config, "attention_backend", None) == AttnBackend.local:
         # Megatron's builder does this for --attention-backend local, on single-layer specs only.

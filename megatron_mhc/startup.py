@@ -1,7 +1,11 @@
 """From the command line to what ``pretrain`` takes; what can be refused is refused here."""
 
 import argparse
+import itertools
 
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.config import PretrainConfigContainer
@@ -16,6 +20,7 @@ from .errors import UserError
 from .pipeline.boundary import PriorityStream
 from .pipeline.slots import DeferredCommunicator, DeferredGroups, make_communicator
 from .pretraining import refuse_unsupported_data
+from .recompute_blocks import describe_blocks
 from .specs import MHCLayerSpec
 
 
@@ -61,6 +66,19 @@ def _pipeline_line(config, communicator: DeferredCommunicator, overlap: str) -> 
     )
 
 
+def _stage_layers(config: TransformerConfig) -> list[int]:
+    """Transformer layers of every pipeline stage, virtual ones apart."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    places = itertools.product(range(config.pipeline_model_parallel_size), range(virtual or 1))
+    layout = config.pipeline_model_parallel_layout
+    if layout is not None:
+        return [layout.layout[rank][stage].count(LayerType.decoder) for rank, stage in places]
+    return [
+        get_num_layers_to_build(config, vp_stage=None if virtual is None else stage, pp_rank=rank)
+        for rank, stage in places
+    ]
+
+
 def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     """Parse and check the command line, patch Megatron, and configure the model.
 
@@ -74,14 +92,18 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     refuse_unsupported_data(args)
     mhc = validate_mhc_args(args)
-    lines = [_model_line(args, mhc), *check_checkpoint(args)]
+    model = gpt_config_from_args(args)
+    lines = [_model_line(args, mhc)]
+    if mhc is not None and mhc.recompute:
+        lines.append(describe_blocks(mhc, _stage_layers(model.transformer)))
+    lines += check_checkpoint(args)
+    flags = ["--mhc-recompute"] if mhc is not None and mhc.recompute else []
     try:
-        patches.apply(force=args.mhc_force_patches)
+        patches.apply(force=args.mhc_force_patches, flags=flags)
     except patches.PatchRefused as refusal:
         raise UserError(str(refusal)) from None
     lines.append(patches.start_up_line())
 
-    model = gpt_config_from_args(args)
     slots = {}
     if mhc is not None:
         overlap = args.mhc_pipeline_overlap

@@ -4,11 +4,14 @@ A sublayer hands on (X, pending merge of f with post and comb) instead of X'. Wh
 decides how it is formed: with the next sublayer's mappings in one kernel, before a send, or plain.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megatron_mhc import kernels
+
+from . import recompute
+from .recompute import Discarded, Mapped
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class StreamState:
     Attributes:
         x: [..., n, C] in the model's dtype.
         pending: the merge that turns x into the streams, or None if x is the streams.
+        discarded: stand-ins for x, post and comb where they are recomputed, else None.
     """
 
     x: Tensor
     pending: PendingMerge | None = None
+    discarded: Mapped | None = None
 
     @classmethod
     def expand(cls, h: Tensor, num_streams: int, backend: str = "auto") -> "StreamState":
@@ -60,12 +65,32 @@ class StreamState:
             return (self.x,)
         return self.x, self.pending.f, self.pending.post, self.pending.comb
 
+    @classmethod
+    def from_tensors(cls, x: Tensor, *merge: Tensor) -> "StreamState":
+        """The state that gave these :meth:`tensors`."""
+        return cls(x, PendingMerge(*merge) if merge else None)
+
+    def stand_ins(self) -> tuple[Discarded | None, ...]:
+        """For each of :meth:`tensors`, its stand-in or None where it is kept, as f always is."""
+        if self.discarded is None:
+            return (None,) * len(self.tensors())
+        return self.discarded.x, None, self.discarded.post, self.discarded.comb
+
+    def kept(self) -> "StreamState":
+        """The same state, its tensors kept for the backward pass: a recomputed block starts."""
+        return replace(self, discarded=None)
+
     def merged(self, backend: str = "auto") -> Tensor:
         """The streams [..., n, C], the merge formed."""
         if self.pending is None:
             return self.x
-        pending = self.pending
-        return kernels.mhc_post(self.x, pending.f, pending.post, pending.comb, backend=backend)
+
+        def merge(*tensors: Tensor) -> tuple[Tensor]:
+            return (kernels.mhc_post(*tensors, backend=backend),)
+
+        if self.discarded is None:
+            return merge(*self.tensors())[0]
+        return recompute.run(merge, self.tensors(), self.stand_ins())[0][0]
 
     def to_flat(self, backend: str = "auto") -> Tensor:
         """The streams as they travel through Megatron, [s, b, n*C], the merge formed."""
@@ -79,12 +104,19 @@ class Residual:
     Attributes:
         x: [..., n, C], the streams that u was made from.
         post: [..., n] float32; comb: [..., n, n] float32, index (in, out).
+        discarded: their stand-ins, and that of u, where they are recomputed, else None.
     """
 
     x: Tensor
     post: Tensor
     comb: Tensor
+    discarded: Mapped | None = None
+
+    @property
+    def u_stand_in(self) -> Discarded | None:
+        """Stands in for the sublayer's input u where it is recomputed, else None."""
+        return None if self.discarded is None else self.discarded.u
 
     def add(self, f: Tensor) -> StreamState:
         """The state after a sublayer that gave f [..., C]; its merge is left pending."""
-        return StreamState(self.x, PendingMerge(f, self.post, self.comb))
+        return StreamState(self.x, PendingMerge(f, self.post, self.comb), self.discarded)

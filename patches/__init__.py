@@ -4,15 +4,18 @@
 is not one that the patch was tested on is refused. ``python -m megatron_mhc.patches`` lists them.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from . import (
+    checkpointed_forward,
     compile_helpers,
     cpu_data_iterators,
     cpu_initialize,
     cpu_rng_fork,
     cpu_rng_state,
+    te_normalization,
     transformer_block,
 )
 from .record import Patch, PatchRefused, fingerprint, megatron_version
@@ -34,6 +37,8 @@ __all__ = [
 PATCHES: tuple[Patch, ...] = (
     compile_helpers.PATCH,
     transformer_block.PATCH,
+    checkpointed_forward.PATCH,
+    te_normalization.PATCH,
     cpu_initialize.PATCH,
     cpu_data_iterators.PATCH,
     cpu_rng_state.PATCH,
@@ -66,6 +71,8 @@ def status() -> list[Status]:
             rows.append(Status(patch, "applied"))
         elif why_not:
             rows.append(Status(patch, "skipped", why_not))
+        elif patch.with_flag:
+            rows.append(Status(patch, "skipped", f"for {patch.with_flag}"))
         else:
             try:
                 patch.check(patch.current())
@@ -75,16 +82,18 @@ def status() -> list[Status]:
     return rows
 
 
-def apply(force: bool = False) -> None:
+def apply(force: bool = False, flags: Collection[str] = ()) -> None:
     """Apply every patch that is needed here and not applied yet: all of them, or none.
 
     Args:
         force: also where the replaced source is not one that was tested.
+        flags: those in use, of patches that only one flag needs ("--mhc-recompute").
 
     Raises:
         PatchRefused: an unknown source, and not ``force``.
     """
-    needed = [p for p in PATCHES if p.name not in _originals and not p.why_not()]
+    wanted = [p for p in PATCHES if p.with_flag is None or p.with_flag in flags]
+    needed = [p for p in wanted if p.name not in _originals and not p.why_not()]
     originals = {patch.name: patch.current() for patch in needed}
     if not force:
         for patch in needed:
@@ -108,8 +117,10 @@ def require(name: str) -> None:
         RuntimeError: it is not applied.
     """
     if name not in _originals:
+        (flag,) = [patch.with_flag for patch in PATCHES if patch.name == name]
+        call = f"apply(flags=[{flag!r}])" if flag else "apply()"
         raise RuntimeError(
-            f"patch {name} is not applied: call megatron_mhc.patches.apply() before building one"
+            f"patch {name} is not applied: call megatron_mhc.patches.{call} before building one"
         )
 
 

@@ -13,9 +13,17 @@ class PatchRefused(RuntimeError):
     """The source that a patch replaces is not one that it was tested on."""
 
 
+def version(package: str) -> str:
+    """The installed version of a distribution, read without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # on the path without having been installed
+        return "of unknown version"
+
+
 def megatron_version() -> str:
-    """The installed megatron-core's version, read without importing it."""
-    return metadata.version("megatron-core")
+    """The installed megatron-core's version."""
+    return version("megatron-core")
 
 
 def fingerprint(target: Any) -> str:
@@ -35,9 +43,11 @@ class Patch:
         name: how messages call it; the file's name.
         target: "package.module:attribute" or "package.module:Class.attribute".
         reason: what breaks without it.
-        tested: megatron-core version to :func:`fingerprint` of the source that is replaced.
+        tested: version of ``package`` to :func:`fingerprint` of the source that is replaced.
         build: makes the replacement from the original object.
         why_not: None where the change is needed here, else the reason it is not.
+        package: the distribution that the target is in.
+        with_flag: the one flag that needs the change, or None where mHC always does.
     """
 
     name: str
@@ -46,6 +56,8 @@ class Patch:
     tested: Mapping[str, str]
     build: Callable[[Any], Any]
     why_not: Callable[[], str | None] = always_needed
+    package: str = "megatron-core"
+    with_flag: str | None = None
 
     def _owner(self) -> tuple[Any, str]:
         module, path = self.target.split(":")
@@ -75,7 +87,7 @@ class Patch:
         if found not in self.tested.values():
             known = ", ".join(f"{version}: {mark}" for version, mark in self.tested.items())
             raise PatchRefused(
-                f"patch {self.name}: {self.target} of megatron-core {megatron_version()} has "
+                f"patch {self.name}: {self.target} of {self.package} {version(self.package)} has "
                 f"fingerprint {found}, tested are {known}. Install a tested version, or pass "
                 "--mhc-force-patches (megatron_mhc.patches.apply(force=True)) to take the risk."
             )

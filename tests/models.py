@@ -20,7 +20,7 @@ def start_megatron() -> None:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
-    patches.apply()
+    patches.apply(flags=["--mhc-recompute"])
 
 
 def build_gpt(mhc: MHCConfig | None, *, transformer_engine: bool = False, tied=False, **overrides):
@@ -61,10 +61,11 @@ def build_gpt(mhc: MHCConfig | None, *, transformer_engine: bool = False, tied=F
         "apply_rope_fusion": False,
     }
     config = TransformerConfig(**{**fields, **overrides})
+    experts = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": config.moe_grouped_gemm}
     if transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec()
+        spec = get_gpt_layer_with_transformer_engine_spec(**experts)
     else:
-        spec = get_gpt_layer_local_spec(normalization=config.normalization)
+        spec = get_gpt_layer_local_spec(**experts, normalization=config.normalization)
     if mhc is not None:
         spec = get_mhc_block_spec(config, spec, mhc)
     return GPTModel(

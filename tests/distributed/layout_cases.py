@@ -29,6 +29,7 @@ class Case:
             token; else RMSNorm, no bias, SwiGLU, RoPE, untied, and a loss per micro-batch.
         bf16: wrapped in Megatron's Float16Module.
         sequence_parallel: tokens divided over the tensor-parallel ranks between the matrices.
+        recompute: streams and sublayer inputs replayed in the backward pass.
         optimizer: "" (gradients only), "plain" or "distributed" Adam, for two steps.
     """
 
@@ -36,6 +37,7 @@ class Case:
     classic: bool = False
     bf16: bool = False
     sequence_parallel: bool = False
+    recompute: bool = False
     optimizer: str = ""
 
 
@@ -49,6 +51,7 @@ CASES = {
     "bf16": Case(bf16=True),
     "sequence_parallel": Case(sequence_parallel=True),
     "classic_sequence_parallel": Case(classic=True, sequence_parallel=True),
+    "recompute": Case(sequence_parallel=True, recompute=True),
     "adam": Case(optimizer="plain"),
     "distributed_adam": Case(optimizer="distributed"),
     "bf16_adam": Case(optimizer="plain", bf16=True),
@@ -64,6 +67,7 @@ RUNS = {
         "identity",
         "sequence_parallel",
         "classic_sequence_parallel",
+        "recompute",
     ),
     "dp2": (
         "sinkhorn",

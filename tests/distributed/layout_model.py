@@ -70,7 +70,8 @@ def block_spec(config: TransformerConfig, case: Case, **stage):
             input_layernorm=marked_torch_norm,
             pre_mlp_layernorm=marked_torch_norm,
         )
-    spec = get_mhc_block_spec(config, plain, MHCConfig(residual_mixing=case.mixing), **stage)
+    mhc = MHCConfig(residual_mixing=case.mixing, recompute=case.recompute)
+    spec = get_mhc_block_spec(config, plain, mhc, **stage)
     if case.sequence_parallel:
         spec.layer_norm = marked_torch_norm
     return spec

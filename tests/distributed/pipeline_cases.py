@@ -14,7 +14,7 @@ class Pipeline:
         tied: the output layer shares the embedding; then also LayerNorm, biases and learned
             positions.
         sequence_parallel: tokens divided over the tensor-parallel ranks.
-        recompute: full recomputation.
+        recompute: full recomputation. replay: mHC's own.
         overlap_p2p, ahead: overlap_p2p_comm and overlap_p2p_comm_warmup_flush, for more than one
             chunk; the second needs the first.
         layers, hidden: the model's.
@@ -31,6 +31,7 @@ class Pipeline:
     tied: bool = False
     sequence_parallel: bool = False
     recompute: bool = False
+    replay: bool = False
     overlap_p2p: bool = True
     ahead: bool = True
     layers: int = 12
@@ -68,6 +69,9 @@ PIPELINES = (
     Pipeline(pp=2, tp=2, micro_batches=3, sequence_parallel=True),
     Pipeline(pp=4, tp=2, micro_batches=5, tied=True),
     Pipeline(pp=2, micro_batches=3, recompute=True),
+    Pipeline(pp=2, vpp=2, replay=True),
+    Pipeline(pp=4, vpp=3, overlap="none", replay=True),
+    Pipeline(pp=2, tp=2, micro_batches=3, sequence_parallel=True, replay=True),
     Pipeline(pp=2, vpp=2, overlap="none", ahead=False),
     Pipeline(pp=2, vpp=2, ahead=False),
     Pipeline(pp=2, vpp=2, micro_batches=5, group=3, tied=True),

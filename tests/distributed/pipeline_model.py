@@ -92,7 +92,11 @@ def whole_name(chunk: GPTModel, name: str, pipeline: Pipeline) -> str:
 def build_chunks(pipeline: Pipeline, boundary) -> list[DistributedDataParallel]:
     """This rank's chunks, wrapped as Megatron's trainer wraps them."""
     config = transformer_config(pipeline)
-    case = Case(classic=pipeline.tied, sequence_parallel=pipeline.sequence_parallel)
+    case = Case(
+        classic=pipeline.tied,
+        sequence_parallel=pipeline.sequence_parallel,
+        recompute=pipeline.replay,
+    )
     stages = range(pipeline.vpp) if pipeline.vpp > 1 else [None]
     return [_build_chunk(pipeline, config, case, boundary, stage) for stage in stages]
 

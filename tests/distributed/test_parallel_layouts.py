@@ -21,7 +21,11 @@ COMPARED = [
     for case in cases
     if layout != "single" and not CASES[case].optimizer
 ]
-REFERENCE = {"sequence_parallel": "sinkhorn", "classic_sequence_parallel": "classic"}
+REFERENCE = {
+    "sequence_parallel": "sinkhorn",
+    "classic_sequence_parallel": "classic",
+    "recompute": "sinkhorn",
+}
 """Cases that no single process can run, to the case whose numbers they must give."""
 
 
@@ -125,6 +129,16 @@ def test_bf16_model_keeps_mhc_parameters_in_float32(results):
             for name, dtype in rank["dtypes"].items():
                 mhc = any(part in name for part in MHC_PARAMETERS)
                 assert dtype == (torch.float32 if mhc else torch.bfloat16), name
+
+
+def test_recompute_gives_the_bits_of_the_same_layout_without_it(results):
+    pairs = zip(
+        load_ranks(results, "tp2", "recompute"), load_ranks(results, "tp2", "sequence_parallel")
+    )
+    for recomputed, kept in pairs:
+        assert recomputed["losses"] == kept["losses"]
+        for name, value in kept["values"].items():
+            assert torch.equal(recomputed["values"][name], value), name
 
 
 # A last bit of the gradients' norm rounds some bf16 weights the other way; their spacing is 0.004.

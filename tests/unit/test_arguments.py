@@ -38,7 +38,8 @@ def test_plain_mhc_flag_gives_the_papers_settings(parser):
 def test_every_setting_has_its_flag(parser):
     words = "--mhc --mhc-num-residual-streams 8 --mhc-sinkhorn-iterations 5 --mhc-eps 1e-5"
     words += " --mhc-residual-mixing identity --mhc-init-gating-factor 0.1 --mhc-backend torch"
-    expected = MHCConfig(8, 5, 0.1, "identity", 1e-5, "torch")
+    words += " --mhc-recompute --mhc-recompute-layer-num 3"
+    expected = MHCConfig(8, 5, 0.1, "identity", 1e-5, "torch", True, 3)
     assert validate(parser, *words.split()) == expected
 
 
@@ -60,6 +61,16 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
         ("--mhc --mhc-eps 0.5", r"--mhc-eps 0.5: expected 0 <= eps"),
         ("--mhc --mhc-init-gating-factor 7", r"--mhc-init-gating-factor 7.0: expected -1 to 1"),
         ("--mhc --mhc-log-gain-interval -1", r"--mhc-log-gain-interval -1: expected 0"),
+        ("--mhc-recompute", r"--mhc-recompute: has no effect without --mhc; add --mhc"),
+        (
+            "--mhc --mhc-recompute-layer-num 2",
+            r"--mhc-recompute-layer-num 2: has no effect without --mhc-recompute .* add",
+        ),
+        (
+            "--mhc --mhc-recompute --mhc-recompute-layer-num 0",
+            r"--mhc-recompute-layer-num 0: expected a number of layers, 1 or more",
+        ),
+        ("--mhc --distribute-saved-activations", r"--distribute-saved-activations: does not"),
         (
             "--mhc --pipeline-model-parallel-size 2 --mhc-log-gain-interval 5",
             r"--mhc-log-gain-interval 5: does not work .* layers only; use 0 with --pipeline-model",
@@ -76,7 +87,7 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
         ),
         (
             "--mhc --recompute-granularity selective --recompute-modules layernorm",
-            r"--recompute-modules layernorm: .* use some of core_attn mlp,",
+            r"--recompute-modules layernorm: .* use some of core_attn mlp moe shared_experts,",
         ),
         (
             "--mhc --overlap-moe-expert-parallel-comm",

@@ -34,6 +34,7 @@ TESTED_HERE = {
     "bash examples/pretrain_node.sh",
     "sbatch examples/pretrain_slurm.sh",
     "python tools/diagnose.py",
+    "python tools/estimate_memory.py",
 }
 
 
@@ -130,8 +131,19 @@ def test_readme_torchrun_command():
     assert "lm loss" in run(command, OMP_NUM_THREADS="1")
 
 
-def test_cpu_launch_script():
-    assert "iteration       10/      10" in run(["bash", "examples/pretrain_cpu.sh"])
+def test_cpu_launch_script_with_recompute():
+    output = run(["bash", "examples/pretrain_cpu.sh", "--mhc-recompute"])
+    assert "mHC recompute: blocks of N=1 in a stage of 2 layers (eq. 20)" in output
+    assert "iteration       10/      10" in output
+
+
+def test_memory_page_shows_what_the_tool_prints():
+    page = (ROOT / "docs" / "memory.md").read_text()
+    (command,) = [line for line in commands() if "estimate_memory.py" in line]
+    rows = [line for line in run(command).splitlines() if re.match(r"│ +\d", line)]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.strip() in page
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +197,8 @@ def test_flag_table_is_the_parsers(parser):
     expected = {}
     for action in group._group_actions:
         default = DEFAULTS.get(action.dest, action.default)
-        expected[action.option_strings[0]] = "off" if default is False else str(default)
+        words = {"False": "off", "None": "auto"}
+        expected[action.option_strings[0]] = words.get(str(default), str(default))
     assert rows == expected
 
 
