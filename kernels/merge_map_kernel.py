@@ -80,6 +80,7 @@ def merge_map_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """X' and, of X' (or of X without MERGE), the partial products with fn and the sum of squares.
 
@@ -105,19 +106,17 @@ def merge_map_kernel(
         products = tl.zeros((PLANES * ROWS, BLOCK_T), tl.float32)
         squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
 
-    # Tiles of X and f are loaded one step ahead into registers, to arrive while this step computes.
-    channel = start + columns
-    mask = (channel < C)[None, :]
-    streams_ahead = load_tiles(x_ptr, rows[:, None] * (N * C) + channel[None, :], mask, C, N)
-    f_ahead = load_tiles(f_ptr, rows[:, None] * C + channel[None, :], mask, 0, 1 if MERGE else 0)
-    for c in range(start, stop, BLOCK_C):
+    # STAGES tiles are in flight: copied to shared memory while an earlier one is worked on.
+    for c in tl.range(start, stop, BLOCK_C, num_stages=STAGES):
         channel = c + columns
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         offsets = rows[:, None] * (N * C) + channel[None, :]
-        tiles = streams_ahead
+        mask = inside[None, :]
+        tiles = load_tiles(x_ptr, offsets, mask, C, N)
         streams = to_float(tiles, N)
         if MERGE:
-            f = f_ahead[0].to(tl.float32)
+            f = tl.load(f_ptr + rows[:, None] * C + channel[None, :], mask=mask, other=0.0)
+            f = f.to(tl.float32)
         if MAP:
             position = c + stacked % BLOCK_C
             weight = tl.load(
@@ -127,11 +126,6 @@ def merge_map_kernel(
                 mask=(plane % ROWS < COUNT)[:, None] & (position < C)[None, :],
                 other=0.0,
             )
-        channel = c + BLOCK_C + columns
-        mask = (channel < stop)[None, :]
-        streams_ahead = load_tiles(x_ptr, offsets + BLOCK_C, mask, C, N)
-        ahead = rows[:, None] * C + channel[None, :]
-        f_ahead = load_tiles(f_ptr, ahead, mask, 0, 1 if MERGE else 0)
         merged_streams = ()
         for o in tl.static_range(N):
             if MERGE:

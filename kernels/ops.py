@@ -1,4 +1,4 @@
-"""The Triton kernels as torch.library operators: shapes for torch.compile and export, autograd.
+"""The Triton kernels as operators: autograd, and shapes for torch.compile and export.
 
 Operators work on contiguous [T, ...] tensors; the functions below flatten the caller's token
 dimensions and make what is not contiguous so. Every backward is an operator too.
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import launch
 from .expand_kernel import launch_expand
+from .launch_backward import backward
+from .operator import operator
 from .sinkhorn_kernel import launch_sinkhorn
 
 Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,24 +41,9 @@ def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
 # -- sinkhorn ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mhc::sinkhorn", mutates_args=())
-def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    return launch_sinkhorn(logits, None, iterations, eps)
-
-
-@torch.library.custom_op("mhc::sinkhorn_backward", mutates_args=())
+@operator("sinkhorn_backward", fake=lambda logits, *_: torch.empty_like(logits))
 def _sinkhorn_backward(logits: Tensor, grad: Tensor, iterations: int, eps: float) -> Tensor:
     return launch_sinkhorn(logits, grad, iterations, eps)
-
-
-@_sinkhorn.register_fake
-def _(logits, iterations, eps):
-    return torch.empty_like(logits)
-
-
-@_sinkhorn_backward.register_fake
-def _(logits, grad, iterations, eps):
-    return torch.empty_like(logits)
 
 
 def _save_sinkhorn(ctx, inputs, output):
@@ -69,90 +56,68 @@ def _sinkhorn_grad(ctx, grad):
     return _sinkhorn_backward(logits, grad.contiguous(), ctx.iterations, ctx.eps), None, None
 
 
-_sinkhorn.register_autograd(_sinkhorn_grad, setup_context=_save_sinkhorn)
+@operator(
+    "sinkhorn",
+    fake=lambda logits, *_: torch.empty_like(logits),
+    save=_save_sinkhorn,
+    grad=_sinkhorn_grad,
+)
+def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    return launch_sinkhorn(logits, None, iterations, eps)
 
 
 # -- expand ------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mhc::expand", mutates_args=())
-def _expand(h: Tensor, n: int) -> Tensor:
-    return launch_expand(h, n, backward=False)
-
-
-@torch.library.custom_op("mhc::expand_backward", mutates_args=())
+@operator("expand_backward", fake=lambda grad, n: _like(grad, grad.shape[0], grad.shape[2]))
 def _expand_backward(grad: Tensor, n: int) -> Tensor:
     return launch_expand(grad, n, backward=True)
-
-
-@_expand.register_fake
-def _(h, n):
-    return _like(h, h.shape[0], n, h.shape[1])
-
-
-@_expand_backward.register_fake
-def _(grad, n):
-    return _like(grad, grad.shape[0], grad.shape[2])
 
 
 def _save_expand(ctx, inputs, output):
     ctx.n = inputs[1]
 
 
-_expand.register_autograd(
-    lambda ctx, grad: (_expand_backward(grad.contiguous(), ctx.n), None),
-    setup_context=_save_expand,
+@operator(
+    "expand",
+    fake=lambda h, n: _like(h, h.shape[0], n, h.shape[1]),
+    save=_save_expand,
+    grad=lambda ctx, grad: (_expand_backward(grad.contiguous(), ctx.n), None),
 )
+def _expand(h: Tensor, n: int) -> Tensor:
+    return launch_expand(h, n, backward=False)
 
 
 # -- post --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mhc::post", mutates_args=())
-def _post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-    return launch.forward(x, (f, post, comb), None)[0]
-
-
-@torch.library.custom_op("mhc::post_backward", mutates_args=())
+@operator(
+    "post_backward",
+    fake=lambda x, f, post, comb, _: tuple(torch.empty_like(t) for t in (x, f, post, comb)),
+)
 def _post_backward(
     x: Tensor, f: Tensor, post: Tensor, comb: Tensor, dx_next: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch.streams_backward(x, (f, post, comb), None, None, dx_next, None)[:4]
+    return backward(x, (f, post, comb), None, None, (dx_next, None, None, None))[:4]
 
 
-@_post.register_fake
-def _(x, f, post, comb):
-    return torch.empty_like(x)
-
-
-@_post_backward.register_fake
-def _(x, f, post, comb, dx_next):
-    return tuple(torch.empty_like(tensor) for tensor in (x, f, post, comb))
-
-
-_post.register_autograd(
-    lambda ctx, grad: _post_backward(*ctx.saved_tensors, grad.contiguous()),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+@operator(
+    "post",
+    fake=lambda x, f, post, comb: torch.empty_like(x),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    grad=lambda ctx, grad: _post_backward(*ctx.saved_tensors, grad.contiguous()),
 )
+def _post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    return launch.forward(x, (f, post, comb), None)[0]
 
 
 # -- pre and head ------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("mhc::pre", mutates_args=())
-def _pre(
-    x: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
-) -> Tensors5:
-    return launch.forward(x, None, (fn, scale, base), iterations, eps, norm_eps)
-
-
-@torch.library.custom_op("mhc::pre_backward", mutates_args=())
+@operator(
+    "pre_backward",
+    fake=lambda x, fn, scale, base, *_: tuple(torch.empty_like(t) for t in (x, fn, scale, base)),
+)
 def _pre_backward(
     x: Tensor,
     fn: Tensor,
@@ -166,21 +131,10 @@ def _pre_backward(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *mapped, dscale, dbase = launch.mapping_backward(
-        x, (fn, scale, base), (m, r), (du, dpost, dcomb), iterations, eps
+    dx, *_, dfn, dscale, dbase = backward(
+        x, None, (fn, scale, base), (x, m, r), (None, du, dpost, dcomb), iterations, eps
     )
-    dx, *_, dfn = launch.streams_backward(x, None, fn, tuple(mapped), None, du)
     return dx, dfn, dscale, dbase
-
-
-@_pre.register_fake
-def _(x, fn, scale, base, iterations, eps, norm_eps):
-    return _mapping_outputs(x, fn)
-
-
-@_pre_backward.register_fake
-def _(x, fn, scale, base, m, r, du, dpost, dcomb, iterations, eps):
-    return tuple(torch.empty_like(tensor) for tensor in (x, fn, scale, base))
 
 
 def _save_pre(ctx, inputs, output):
@@ -205,29 +159,26 @@ def _pre_grad(ctx, du, dpost, dcomb, _m, _r):
     return *grads, None, None, None
 
 
-_pre.register_autograd(_pre_grad, setup_context=_save_pre)
-
-
-# -- post_pre ----------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("mhc::post_pre", mutates_args=())
-def _post_pre(
+@operator("pre", fake=lambda x, fn, *_: _mapping_outputs(x, fn), save=_save_pre, grad=_pre_grad)
+def _pre(
     x: Tensor,
-    f: Tensor,
-    post: Tensor,
-    comb: Tensor,
     fn: Tensor,
     scale: Tensor,
     base: Tensor,
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch.forward(x, (f, post, comb), (fn, scale, base), iterations, eps, norm_eps)
+) -> Tensors5:
+    return launch.forward(x, None, (fn, scale, base), iterations, eps, norm_eps)
 
 
-@torch.library.custom_op("mhc::post_pre_backward", mutates_args=())
+# -- post_pre ----------------------------------------------------------------------------------
+
+
+@operator(
+    "post_pre_backward",
+    fake=lambda *arguments: tuple(torch.empty_like(tensor) for tensor in arguments[:7]),
+)
 def _post_pre_backward(
     x: Tensor,
     f: Tensor,
@@ -246,21 +197,15 @@ def _post_pre_backward(
     iterations: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *mapped, dscale, dbase = launch.mapping_backward(
-        x_next, (fn, scale, base), (m, r), (du, dpost_next, dcomb_next), iterations, eps
+    return backward(
+        x,
+        (f, post, comb),
+        (fn, scale, base),
+        (x_next, m, r),
+        (dx_next, du, dpost_next, dcomb_next),
+        iterations,
+        eps,
     )
-    grads = launch.streams_backward(x, (f, post, comb), fn, tuple(mapped), dx_next, du)
-    return *grads, dscale, dbase
-
-
-@_post_pre.register_fake
-def _(x, f, post, comb, fn, scale, base, iterations, eps, norm_eps):
-    return torch.empty_like(x), *_mapping_outputs(x, fn)
-
-
-@_post_pre_backward.register_fake
-def _(x, f, post, comb, fn, scale, base, *_):
-    return tuple(torch.empty_like(tensor) for tensor in (x, f, post, comb, fn, scale, base))
 
 
 def _save_post_pre(ctx, inputs, output):
@@ -285,7 +230,25 @@ def _post_pre_grad(ctx, dx_next, du, dpost, dcomb, _m, _r):
     return *grads, None, None, None
 
 
-_post_pre.register_autograd(_post_pre_grad, setup_context=_save_post_pre)
+@operator(
+    "post_pre",
+    fake=lambda x, f, post, comb, fn, *_: (torch.empty_like(x), *_mapping_outputs(x, fn)),
+    save=_save_post_pre,
+    grad=_post_pre_grad,
+)
+def _post_pre(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return launch.forward(x, (f, post, comb), (fn, scale, base), iterations, eps, norm_eps)
 
 
 # -- what the package calls --------------------------------------------------------------------

@@ -32,19 +32,18 @@ def separate(tile, COUNT: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def load_dz(
-    dz_ptr,
+    numbers_ptr,
     planes_ptr,
     rows,
     valid,
-    COUNT: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PLANES: tl.constexpr,
 ):
     """dz [BLOCK_T, ROWS] of a tile, and its bf16 hi and lo where PLANES is 2; 0 if not valid."""
     row = tl.arange(0, ROWS)
-    at = rows[:, None] * COUNT + row[None, :]
     mask = valid[:, None]
-    dz = (tl.load(dz_ptr + at, mask=mask & (row < COUNT)[None, :], other=0.0),)
+    dz = (tl.load(numbers_ptr + rows[:, None] * WIDTH + row[None, :], mask=mask, other=0.0),)
     if PLANES == 2:
         at = rows[:, None] * (2 * ROWS) + row[None, :]
         hi = tl.load(planes_ptr + at, mask=mask, other=0.0)
@@ -61,10 +60,8 @@ def streams_backward_kernel(
     fn_ptr,
     dx_next_ptr,
     du_ptr,
-    dz_ptr,
+    numbers_ptr,
     planes_ptr,
-    coefficient_ptr,
-    pre_ptr,
     dx_ptr,
     df_ptr,
     dpost_ptr,
@@ -76,6 +73,7 @@ def streams_backward_kernel(
     C: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     PLANES: tl.constexpr,
     MERGE: tl.constexpr,
     MAP: tl.constexpr,
@@ -83,10 +81,11 @@ def streams_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Program (c, s): BLOCK_C channels of token range s. Per token, with X' the merged streams
-    (formed again from X and f; X itself without MERGE) and dz, coefficient and pre of
-    :mod:`.mapping_backward_kernel`:
+    (formed again from X and f; X itself without MERGE) and dz, pre and the coefficient of
+    :mod:`.mapping_backward_kernel`, whose rows of numbers also hold post and comb:
 
         dX'[o]     = dx_next[o] + pre[o] du + coefficient X'[o] + (dz @ fn)[o]
         df         = sum_o post[o] dX'[o]             dpost[o]    = f . dX'[o]
@@ -116,59 +115,39 @@ def streams_backward_kernel(
     start = piece * range_tokens
     stop = tl.minimum(start + range_tokens, tokens)
     mask = inside[None, :]
-    # Tiles are loaded one step ahead into registers: the kernel has room for one block a
-    # multiprocessor, so no other block hides its loads.
-    ahead = start + tl.arange(0, BLOCK_T).to(tl.int64)
-    valid_ahead = ahead < stop
-    ahead = tl.minimum(ahead, tokens - 1)
-    wide = ahead[:, None] * (N * C) + channel[None, :]
-    small = ahead[:, None] * C + channel[None, :]
-    streams_ahead = load_tiles(x_ptr, wide, mask, C, N)
-    arriving_ahead = load_tiles(dx_next_ptr, wide, mask, C, N if HAS_DX else 0)
-    f_ahead = load_tiles(f_ptr, small, mask, 0, 1 if MERGE else 0)
-    du_ahead = load_tiles(du_ptr, small, mask, 0, 1 if MAP else 0)
-    if MAP:
-        dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
-    for t in range(start, stop, BLOCK_T):
+    for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         rows = t + tl.arange(0, BLOCK_T).to(tl.int64)
         valid = rows < stop
         rows = tl.minimum(rows, tokens - 1)
         small = rows[:, None] * C + channel[None, :]
         wide = rows[:, None] * (N * C) + channel[None, :]
         store = valid[:, None] & inside[None, :]
-        tiles = streams_ahead
+        tiles = load_tiles(x_ptr, wide, mask, C, N)
+        arriving = load_tiles(dx_next_ptr, wide, mask, C, N if HAS_DX else 0)
+        f_ahead = load_tiles(f_ptr, small, mask, 0, 1 if MERGE else 0)
+        du_ahead = load_tiles(du_ptr, small, mask, 0, 1 if MAP else 0)
         streams = to_float(tiles, N)
-        arriving = to_float(arriving_ahead, N if HAS_DX else 0)
+        arriving = to_float(arriving, N if HAS_DX else 0)
         if MERGE:
             f = f_ahead[0].to(tl.float32)
-            post = load_scalars(post_ptr, rows, N, N)
-            comb = load_scalars(comb_ptr, rows, N * N, N * N)
+            if MAP:
+                post = load_scalars(numbers_ptr + ROWS, rows, WIDTH, N)
+                comb = load_scalars(numbers_ptr + ROWS + N, rows, WIDTH, N * N)
+            else:
+                post = load_scalars(post_ptr, rows, N, N)
+                comb = load_scalars(comb_ptr, rows, N * N, N * N)
             df = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
             dx = ()
             for _ in tl.static_range(N):
                 dx = dx + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
         if MAP:
             du = du_ahead[0].to(tl.float32)
-            pre = load_scalars(pre_ptr, rows, N, N)
-            coefficient = tl.load(coefficient_ptr + rows)
-            dz = dz_ahead
+            pre = load_scalars(numbers_ptr + ROWS + N + N * N, rows, WIDTH, N)
+            coefficient = tl.load(numbers_ptr + rows * WIDTH + ROWS + 2 * N + N * N)
+            dz = load_dz(numbers_ptr, planes_ptr, rows, valid, ROWS, WIDTH, PLANES)
             product = tl.dot(weight, tl.trans(dz[0]), input_precision=PRECISION)
             mapped = separate(tl.trans(product), N, BLOCK_T, BLOCK_C)
             narrows = ()
-        # After the product on purpose: of two layouts that meet in an operation the compiler keeps
-        # the one of the later source, and that of the matrix units would make every sum over
-        # channels below cross the warps.
-        ahead = t + BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)
-        valid_ahead = ahead < stop
-        ahead = tl.minimum(ahead, tokens - 1)
-        wide_ahead = ahead[:, None] * (N * C) + channel[None, :]
-        small_ahead = ahead[:, None] * C + channel[None, :]
-        streams_ahead = load_tiles(x_ptr, wide_ahead, mask, C, N)
-        arriving_ahead = load_tiles(dx_next_ptr, wide_ahead, mask, C, N if HAS_DX else 0)
-        f_ahead = load_tiles(f_ptr, small_ahead, mask, 0, 1 if MERGE else 0)
-        du_ahead = load_tiles(du_ptr, small_ahead, mask, 0, 1 if MAP else 0)
-        if MAP:
-            dz_ahead = load_dz(dz_ptr, planes_ptr, ahead, valid_ahead, COUNT, ROWS, PLANES)
         if MERGE:
             dposts = ()
             dcombs = ()

@@ -1,11 +1,13 @@
-"""Times one mHC application (merge, then the next mapping and aggregation) on a GPU.
+"""Times mHC operators on a GPU, beside PyTorch and the public kernels that are installed.
 
-    python tools/benchmark_kernels.py --tokens 8192 --channels 4096 --json out.json
-    python tools/benchmark_kernels.py --sweep          # block sizes, a line for each
+    python tools/benchmark_kernels.py --tokens 8192 --channels 2560 4096 7168 --out build/kernels
+    python tools/benchmark_kernels.py --ops post_pre --backends triton te tilekernels liger
 
-Kernel time is the sum of the kernels' durations (torch.profiler), medians over repetitions with L2
-flushed between them; wall is the time between events around forward and backward. GB/s and % are
-those of the least traffic over kernel time, against a device-to-device copy measured in the run.
+Kernel time is the sum of the kernels' durations (torch.profiler), gradient additions of autograd
+included, medians over repetitions with L2 flushed before each; wall is the time between events
+around forward and backward. "least" is the floor at copy speed: the operator's least traffic
+(research of the project: X is n units of C elements a token, f and u one) over the bandwidth of a
+device-to-device copy measured in the same run. Writes kernels.json, kernels.md and kernels.png.
 """
 
 import argparse
@@ -14,40 +16,25 @@ import platform
 import statistics
 import subprocess
 from collections import defaultdict
+from pathlib import Path
 
+import kernel_peers
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import torch
 import triton
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mhc import kernels
-from megatron_mhc.kernels import launch
 
 N, OPTIONS = 4, {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
-# Least traffic of each operator in units of C elements a token, forward and backward
-# (research/kernels.md, section 4): X is n units, f and u one each.
-UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15)}
-# Kernels whose time belongs to the forward; split_weight_kernel runs there only.
-FORWARD = ("split_weight_kernel", "merge_map_kernel", "aggregate_kernel")
-SWEEP = {
-    "map": [
-        {"BLOCK_T": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 1},
-        {"BLOCK_T": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "resident": 1},
-        {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3, "resident": 2},
-    ],
-    "streams": [
-        {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 1},
-        {"BLOCK_T": 16, "BLOCK_C": 64, "num_warps": 4, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 16, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 1},
-        {"BLOCK_T": 16, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "resident": 2},
-        {"BLOCK_T": 32, "BLOCK_C": 32, "num_warps": 4, "num_stages": 1, "resident": 3},
-    ],
-}
-# A register cap makes room for the blocks that ``resident`` promises.
-REGISTERS = {(8, 2): 128, (4, 3): 168}
+# Least traffic in units, forward and backward. post_pre, the merge of one sublayer and the mapping
+# of the next in one call, is one whole application; so is what peers run under its name.
+UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15), "head": (5, 9), "expand": (5, 5)}
+OURS = ("triton", "torch", "compile")
 
 
 def make_inputs(tokens: int, channels: int) -> dict[str, torch.Tensor]:
@@ -66,27 +53,42 @@ def make_inputs(tokens: int, channels: int) -> dict[str, torch.Tensor]:
     }
 
 
-def make_step(op: str, inputs: dict[str, torch.Tensor], backend: str):
-    """A function that runs ``op`` forward and backward, gradients of everything."""
+def operator(op: str, inputs: dict[str, torch.Tensor], backend: str):
+    """One of our operators as (function of its tensors, the tensors)."""
+    mapping = ("fn", "scale", "base")
     names = {
         "post": ("x", "f", "post", "comb"),
-        "pre": ("x", "fn", "scale", "base"),
+        "pre": ("x", *mapping),
         "post_pre": tuple(inputs),
+        "head": ("x", *mapping),
+        "expand": ("f",),
     }[op]
-    function = getattr(kernels, f"mhc_{op}")
+    tensors = [inputs[name] for name in names]
     options = {"backend": "torch" if backend == "compile" else backend}
-    if op != "post":
+    if op == "head":
+        x, fn, scale, base = tensors
+        tensors = [x, fn[:N].contiguous(), scale[:1], base[:N]]
+        options |= {"eps": 1e-6, "norm_eps": 1e-6}
+    elif op == "expand":
+        options["n"] = N
+    elif op != "post":
         options |= OPTIONS
-    leaves = [inputs[name].detach().requires_grad_() for name in names]
+    function = getattr(kernels, f"mhc_{op}")
 
-    def forward(*tensors):
-        outputs = function(*tensors, **options)
-        return (outputs,) if op == "post" else outputs
+    def forward(*arguments):
+        outputs = function(*arguments, **options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    if backend == "compile":
-        forward = torch.compile(forward)
+    return torch.compile(forward) if backend == "compile" else forward, tensors
+
+
+def make_steps(op: str, inputs: dict[str, torch.Tensor], backend: str):
+    """Functions that run the forward, and forward and backward with gradients of everything."""
+    make = operator if backend in OURS else kernel_peers.operator
+    forward, tensors = make(op, inputs, backend)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     weights = [torch.randn_like(output) for output in forward(*leaves)]
-    return lambda: torch.autograd.grad(forward(*leaves), leaves, weights)
+    return lambda: forward(*leaves), lambda: torch.autograd.grad(forward(*leaves), leaves, weights)
 
 
 def kernel_times(step, repetitions: int) -> dict[str, float]:
@@ -113,11 +115,6 @@ def kernel_times(step, repetitions: int) -> dict[str, float]:
     return sums
 
 
-def wall_time(step) -> float:
-    """Median microseconds between events around a step."""
-    return 1000 * triton.testing.do_bench(step, warmup=50, rep=200, return_mode="median")
-
-
 def copy_rate() -> float:
     """GB/s of a device-to-device copy, bytes read and written."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
@@ -132,55 +129,66 @@ def machine() -> dict[str, str]:
     ).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),
-        "host": platform.node(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or "unknown",
-    }
+    } | kernel_peers.versions()
 
 
-def measure(op: str, tokens: int, channels: int, backend: str, arguments, rate: float) -> dict:
-    """One row of the table."""
-    step = make_step(op, make_inputs(tokens, channels), backend)
-    times = kernel_times(step, arguments.repetitions)
+def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int, rate: float):
+    """One row of the table; the floor is of the whole operator, forward and backward."""
+    forward, step = make_steps(op, make_inputs(tokens, channels), backend)
+    times = kernel_times(step, repetitions)
+    forward_us = sum(kernel_times(forward, repetitions).values())
     total = sum(times.values())
-    forward = sum(times.get(name, 0.0) for name in FORWARD)
-    unit = 2 * channels * tokens / 1e3  # over microseconds: GB/s
-    reached = sum(UNITS[op]) * unit / total
-    row = {
+    unit = 2 * channels * tokens / rate / 1e3  # microseconds at copy speed
+    least = [units * unit for units in UNITS[op]]
+    return {
         "op": op,
         "tokens": tokens,
         "channels": channels,
         "backend": backend,
         "kernel_us": round(total, 1),
-        "wall_us": round(wall_time(step), 1),
-        "GB/s": round(reached),
-        "% of copy": round(100 * reached / rate, 1),
+        "forward_us": round(forward_us, 1),
+        "backward_us": round(total - forward_us, 1),
+        "wall_us": round(1e3 * triton.testing.do_bench(step, 50, 200, return_mode="median"), 1),
+        "GB/s of least": round(sum(least) * rate / total),
+        "% of copy": round(100 * sum(least) / total, 1),
+        "% forward": round(100 * least[0] / forward_us, 1),
+        "% backward": round(100 * least[1] / (total - forward_us), 1),
+        "kernels": {name: round(time, 1) for name, time in times.items()},
     }
-    if backend == "triton":
-        row["forward_us"] = round(forward, 1)
-        row["kernels"] = {name: round(time, 1) for name, time in times.items()}
-    return row
 
 
-def sweep(tokens: int, channels: int, repetitions: int) -> None:
-    """Times every entry of SWEEP; the k-th entries of all kernels run together."""
-    inputs = make_inputs(tokens, channels)
-    for entries in zip(*SWEEP.values()):
-        for name, entry in zip(SWEEP, entries):
-            options = dict(entry)
-            resident = options.pop("resident")
-            setattr(launch, f"{name.upper()}_RESIDENT", resident)
-            cap = REGISTERS.get((options["num_warps"], resident))
-            launch.CONFIGS[name] = options | ({"maxnreg": cap} if cap else {})
-        try:
-            times = kernel_times(make_step("post_pre", inputs, "triton"), repetitions)
-        except triton.runtime.errors.OutOfResources as error:
-            print("does not fit:", error, entries)
-            continue
-        print(f"{sum(times.values()):8.1f} us", {k[:24]: round(v, 1) for k, v in times.items()})
-        for name, entry in zip(SWEEP, entries):
-            print("            ", name, entry, flush=True)
+def write(rows: list[dict], about: dict, folder: Path) -> None:
+    """kernels.json, kernels.md and kernels.png of what there is so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
+    columns = [name for name in rows[0] if name != "kernels"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(row[name]) for name in columns) + " |" for row in rows]
+    (folder / "kernels.md").write_text("\n".join(lines) + "\n")
+    chosen = [row for row in rows if row["op"] == "post_pre"]
+    if not chosen:
+        return
+    sizes = list(dict.fromkeys((row["tokens"], row["channels"]) for row in chosen))
+    backends = list(dict.fromkeys(row["backend"] for row in chosen))
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(sizes), 4))
+    width = 0.8 / len(backends)
+    for k, backend in enumerate(backends):
+        mine = {
+            (row["tokens"], row["channels"]): row for row in chosen if row["backend"] == backend
+        }
+        at = [i + k * width for i, size in enumerate(sizes) if size in mine]
+        values = [mine[size]["kernel_us"] for size in sizes if size in mine]
+        axes.bar_label(axes.bar(at, values, width, label=backend), fmt="%.0f", fontsize=6)
+    axes.set_xticks(range(len(sizes)), [f"{t} x {c}" for t, c in sizes])
+    axes.set_ylabel("kernel time of one application, us")
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(folder / "kernels.png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def main() -> None:
@@ -188,29 +196,30 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=list(UNITS), choices=list(UNITS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
     parser.add_argument("--channels", nargs="+", type=int, default=[2560, 4096, 7168])
-    parser.add_argument("--backends", nargs="+", default=["triton"])
+    parser.add_argument("--sizes", nargs="+", help="tokens x channels, as 8192x4096, instead")
+    backends = (*OURS, *kernel_peers.PEERS)
+    parser.add_argument("--backends", nargs="+", default=["triton"], choices=backends)
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--sweep", action="store_true", help="time block sizes instead")
-    parser.add_argument("--json", help="write all figures there")
+    parser.add_argument("--out", type=Path, default=Path("build/kernels"), help="folder to write")
     arguments = parser.parse_args()
-    if arguments.sweep:
-        for tokens in arguments.tokens:
-            for channels in arguments.channels:
-                sweep(tokens, channels, arguments.repetitions)
-        return
+    sizes = [(t, c) for t in arguments.tokens for c in arguments.channels]
+    if arguments.sizes:
+        sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes]
     rate = copy_rate()
     about = machine() | {"copy GB/s": round(rate)}
     print(about)
     rows = []
-    for tokens in arguments.tokens:
-        for channels in arguments.channels:
-            for op in arguments.ops:
-                for backend in arguments.backends:
-                    rows.append(measure(op, tokens, channels, backend, arguments, rate))
-                    print(rows[-1], flush=True)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"machine": about, "rows": rows}, file, indent=1)
+    for backend in arguments.backends:
+        problem = kernel_peers.problem(backend) if backend not in OURS else None
+        if problem:
+            print(f"{backend}: not measured, {problem}")
+            continue
+        for tokens, channels in sizes:
+            for op in arguments.ops if backend in OURS else ["post_pre"]:
+                row = measure(op, tokens, channels, backend, arguments.repetitions, rate)
+                rows.append(row)
+                print(row, flush=True)
+                write(rows, about, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,317 @@
+"""Gradients of the streams on Hopper, in Gluon: what streams_backward_kernel computes, with its
+copies and matrix products running beside the arithmetic.
+
+One warp keeps rings of tiles full by bulk tensor copies; eight warps compute. In step k they put
+X' of tile k into shared memory, start its product for d fn and the product dz @ fn of tile k + 1,
+and form tile k's sums meanwhile. bfloat16 streams, n = 4.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 8
+TILE = gl.NVMMASharedLayout(128, 16, rank=2)
+STREAMS_TILE = gl.NVMMASharedLayout(128, 16, rank=3)
+NUMBERS_TILE = gl.NVMMASharedLayout(128, 32, rank=2)
+
+
+@gluon.jit
+def columns(tile, COUNT: gl.constexpr, WIDTH: gl.constexpr, T: gl.constexpr, LAYOUT: gl.constexpr):
+    """The first COUNT columns of tile [T, WIDTH] as vectors [T]; every thread has whole rows."""
+    parts = (tile,)
+    for level in gl.static_range(WIDTH.bit_length() - 1):
+        halves = ()
+        for k in gl.static_range(1 << level):
+            pairs = gl.reshape(parts[k], (T, 2, WIDTH >> (level + 1)))
+            low, high = gl.split(gl.permute(pairs, (0, 2, 1)))
+            halves = halves + (low, high)
+        parts = halves
+    vectors = ()
+    for k in gl.static_range(COUNT):
+        vector = gl.reshape(parts[k], (T,))
+        vectors = vectors + (gl.convert_layout(vector, LAYOUT, assert_trivial=True),)
+    return vectors
+
+
+@gluon.jit
+def separate(tile, N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, LAYOUT: gl.constexpr):
+    """tile [T, N, B] as N tiles [T, B]; every thread has all streams of its elements."""
+    parts = (gl.permute(tile, (0, 2, 1)),)
+    for level in gl.static_range(N.bit_length() - 1):
+        halves = ()
+        for k in gl.static_range(1 << level):
+            pairs = gl.reshape(parts[k], (T, B, 2, N >> (level + 1)))
+            low, high = gl.split(gl.permute(pairs, (0, 1, 3, 2)))
+            halves = halves + (low, high)
+        parts = halves
+    tiles = ()
+    for k in gl.static_range(N):
+        tile = gl.reshape(parts[k], (T, B))
+        tiles = tiles + (gl.convert_layout(tile, LAYOUT, assert_trivial=True),)
+    return tiles
+
+
+@gluon.jit
+def stack(values, COUNT: gl.constexpr):
+    """COUNT (a power of two) equal tensors as one, along new last dimensions of 2 each."""
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        joined = ()
+        for k in gl.static_range(COUNT >> (level + 1)):
+            joined = joined + (gl.join(values[k], values[k + (COUNT >> (level + 1))]),)
+        values = joined
+    return values[0]
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr):
+    """COUNT barriers of one arrival each. What shares an allocation the compiler keeps in order, so
+    every ring has its own."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(k), count=1)
+    return barriers
+
+
+@gluon.jit
+def load_tiles(
+    sources, rings, full, empty, start, channel, steps,
+    N: gl.constexpr, T: gl.constexpr, B: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: tiles of x, dx_next, f and du two deep, the tokens' numbers three deep."""
+    x, dx_next, f, du, numbers, planes = sources
+    xs, gs, fs, dus, number_ring, plane_ring = rings
+    x_full, g_full, f_full, du_full, number_full, plane_full = full
+    tiles_empty, numbers_empty = empty
+    wide: gl.constexpr = N * T * B * 2
+    narrow: gl.constexpr = T * B * 2
+    for step in range(steps):
+        t = start + step * T
+        slot = step % 3
+        mbarrier.wait(numbers_empty.index(slot), ((step // 3) & 1) ^ 1)
+        mbarrier.expect(number_full.index(slot), T * 64 * 4)
+        mbarrier.expect(plane_full.index(slot), T * 64 * 2)
+        bar = number_full.index(slot)
+        tma.async_copy_global_to_shared(numbers, [t, 0], bar, number_ring.index(slot))
+        bar = plane_full.index(slot)
+        tma.async_copy_global_to_shared(planes, [t, 0], bar, plane_ring.index(slot))
+        slot = step % 2
+        mbarrier.wait(tiles_empty.index(slot), ((step // 2) & 1) ^ 1)
+        mbarrier.expect(x_full.index(slot), wide)
+        mbarrier.expect(g_full.index(slot), wide)
+        mbarrier.expect(f_full.index(slot), narrow)
+        mbarrier.expect(du_full.index(slot), narrow)
+        tma.async_copy_global_to_shared(f, [t, channel], f_full.index(slot), fs.index(slot))
+        tma.async_copy_global_to_shared(x, [t, 0, channel], x_full.index(slot), xs.index(slot))
+        tma.async_copy_global_to_shared(du, [t, channel], du_full.index(slot), dus.index(slot))
+        bar = g_full.index(slot)
+        tma.async_copy_global_to_shared(dx_next, [t, 0, channel], bar, gs.index(slot))
+
+
+@gluon.jit
+def sum_tiles(
+    targets, rings, full, empty, buffers, fn_ptr, dpost_ptr, dcomb_ptr, dfn_ptr,
+    tokens, start, stop, steps, chunk, piece,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """The computing warps; the equations are those of streams_backward_kernel."""
+    COUNT: gl.constexpr = (2 + N) * N
+    ROWS: gl.constexpr = 32
+    lanes: gl.constexpr = B // 8
+    tokens_a_warp: gl.constexpr = 32 // lanes
+    # A thread has 8 channels of one token (of all streams where there are streams).
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [tokens_a_warp, lanes], [num_warps, 1], [1, 0])
+    streams3: gl.constexpr = gl.BlockedLayout(
+        [1, N, 8], [tokens_a_warp, 1, lanes], [num_warps, 1, 1], [2, 1, 0]
+    )
+    row32: gl.constexpr = gl.BlockedLayout([1, 32], [tokens_a_warp, lanes], [num_warps, 1], [1, 0])
+    row_n: gl.constexpr = gl.BlockedLayout([1, N], [tokens_a_warp, lanes], [num_warps, 1], [1, 0])
+    token: gl.constexpr = gl.SliceLayout(1, plain)
+    tf32: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, T, 8])
+    bf16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    weight_load: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [0, 1])
+
+    dx_out, df_out = targets
+    xs, gs, fs, dus, number_ring, plane_ring = rings
+    x_full, g_full, f_full, du_full, number_full, plane_full = full
+    tiles_empty, numbers_empty = empty
+    weight, products, merged_tile, dx_tile, df_tile = buffers
+    merged_flat = merged_tile._reinterpret(gl.bfloat16, [T, N * B], tile)
+    merged_rows = merged_flat.permute((1, 0))
+    channel = chunk * B
+
+    # This block's slice of fn, the first operand of dz @ fn: rows (stream, channel), columns k.
+    m = gl.arange(0, N * B, layout=gl.SliceLayout(1, weight_load))
+    k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, weight_load))
+    at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
+    inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+    weight.store(gl.load(fn_ptr + at, mask=inside, other=0.0))
+    sums = gl.zeros((N * B, ROWS), gl.float32, layout=bf16)
+    zero = gl.zeros((N * B, T), gl.float32, layout=tf32)
+    fence_async_shared()
+    gl.thread_barrier()
+
+    mbarrier.wait(number_full.index(0), 0)
+    dz = number_ring.index(0).slice(0, ROWS, dim=1).permute((1, 0))
+    product = warpgroup_mma(weight, dz, warpgroup_mma_init(zero), use_acc=False, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+
+    for step in range(steps):
+        t = start + step * T
+        slot = step % 2
+        phase = (step // 2) & 1
+        number_slot = step % 3
+        products.permute((1, 0)).store(product)
+        mbarrier.wait(f_full.index(slot), phase)
+        mbarrier.wait(x_full.index(slot), phase)
+        numbers = number_ring.index(number_slot).slice(ROWS, 32, dim=1).load(row32)
+        scalars = columns(numbers, N * N + 2 * N + 1, 32, T, token)  # post | comb | pre | coeff.
+        f = fs.index(slot).load(plain).to(gl.float32)
+        streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
+        merged = ()
+        for o in gl.static_range(N):
+            stream = scalars[o][:, None] * f
+            for i in gl.static_range(N):
+                stream += scalars[N + i * N + o][:, None] * streams[i].to(gl.float32)
+            merged = merged + (stream.to(gl.bfloat16),)
+        merged_tile.store(gl.permute(gl.reshape(stack(merged, N), (T, B, N)), (2, 0, 1)))
+        tma.store_wait(0)
+        fence_async_shared()
+        gl.thread_barrier()
+
+        # All warps are past the last step's products: its numbers may be overwritten.
+        mbarrier.arrive(numbers_empty.index((step + 2) % 3), pred=step > 0)
+        mbarrier.wait(plane_full.index(number_slot), (step // 3) & 1)
+        planes = plane_ring.index(number_slot)
+        hi = planes.slice(0, ROWS, dim=1)
+        lo = planes.slice(ROWS, ROWS, dim=1)
+        running = warpgroup_mma(merged_rows, hi, warpgroup_mma_init(sums), is_async=True)
+        running = warpgroup_mma(merged_rows, lo, running, is_async=True)
+        following = (step + 1) % 3
+        more = step + 1 < steps
+        mbarrier.wait(number_full.index(following), ((step + 1) // 3) & 1, pred=more)
+        dz = number_ring.index(following).slice(0, ROWS, dim=1).permute((1, 0))
+        product = warpgroup_mma(
+            weight, dz, warpgroup_mma_init(product), use_acc=False, is_async=True
+        )
+
+        mbarrier.wait(du_full.index(slot), phase)
+        mbarrier.wait(g_full.index(slot), phase)
+        du = dus.index(slot).load(plain).to(gl.float32)
+        arriving = separate(gs.index(slot).load(streams3), N, T, B, plain)
+        df = gl.zeros((T, B), gl.float32, layout=plain)
+        dx = ()
+        for _ in gl.static_range(N):
+            dx = dx + (df,)
+        dposts = ()
+        dcombs = ()
+        for o in gl.static_range(N):
+            g = products.slice(o * B, B, dim=1).load(plain) + arriving[o].to(gl.float32)
+            g += scalars[N + N * N + o][:, None] * du
+            stream = merged_flat.slice(o * B, B, dim=1).load(plain).to(gl.float32)
+            g += scalars[N * N + 2 * N][:, None] * stream
+            df += scalars[o][:, None] * g
+            dposts = dposts + (gl.sum(f * g, 1),)
+            summed = ()
+            for i in gl.static_range(N):
+                summed = summed + (dx[i] + scalars[N + i * N + o][:, None] * g,)
+                dcombs = dcombs + (gl.sum(streams[i].to(gl.float32) * g, 1),)
+            dx = summed
+        df_tile.store(df.to(gl.bfloat16))
+        rounded = ()
+        for i in gl.static_range(N):
+            rounded = rounded + (dx[i].to(gl.bfloat16),)
+        dx_tile.store(gl.permute(gl.reshape(stack(rounded, N), (T, B, N)), (0, 2, 1)))
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(tiles_empty.index(slot))
+        tma.async_copy_shared_to_global(df_out, [t, channel], df_tile)
+        tma.async_copy_shared_to_global(dx_out, [t, 0, channel], dx_tile)
+
+        rows = t + gl.arange(0, T, layout=gl.SliceLayout(1, row_n))
+        j = gl.arange(0, N, layout=gl.SliceLayout(0, row_n))[None, :]
+        valid = (rows < stop)[:, None]
+        share = (chunk.to(gl.int64) * tokens + rows)[:, None]
+        value = gl.convert_layout(gl.reshape(stack(dposts, N), (T, N)), row_n, assert_trivial=True)
+        gl.store(dpost_ptr + share * N + j, value, mask=valid)
+        for i in gl.static_range(N):
+            outgoing = ()
+            for o in gl.static_range(N):
+                outgoing = outgoing + (dcombs[o * N + i],)
+            value = gl.reshape(stack(outgoing, N), (T, N))
+            value = gl.convert_layout(value, row_n, assert_trivial=True)
+            gl.store(dcomb_ptr + share * (N * N) + i * N + j, value, mask=valid)
+        product, sums = warpgroup_mma_wait(0, deps=(product, running))
+
+    tma.store_wait(0)
+    m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))
+    k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, bf16))
+    at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
+    inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+    gl.store(dfn_ptr + piece.to(gl.int64) * (COUNT * N * C) + at, sums, mask=inside)
+
+
+@gluon.jit(do_not_specialize=["tokens", "range_tokens"])
+def streams_backward_hopper_kernel(
+    x, f, dx_next, du, numbers, planes, dx, df, fn_ptr, dpost_ptr, dcomb_ptr, dfn_ptr,
+    tokens, range_tokens,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """Program (c, s): B channels of token range s, as in streams_backward_kernel.
+
+    x, dx_next, dx [tokens, N, C], f, du, df [tokens, C], numbers and planes [tokens, 64] are tensor
+    descriptors; dpost [chunks, tokens, N], dcomb [chunks, tokens, N, N] and dfn [ranges, COUNT,
+    N * C] take the shares. Tiles past the end are filled with zeros and not written.
+    """
+    tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    tile3: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    words: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
+    chunk = gl.program_id(0)
+    piece = gl.program_id(1)
+    start = piece * range_tokens
+    stop = gl.minimum(start + range_tokens, tokens)
+    steps = gl.cdiv(stop - start, T)
+
+    xs = gl.allocate_shared_memory(gl.bfloat16, [2, T, N, B], tile3)
+    gs = gl.allocate_shared_memory(gl.bfloat16, [2, T, N, B], tile3)
+    fs = gl.allocate_shared_memory(gl.bfloat16, [2, T, B], tile)
+    dus = gl.allocate_shared_memory(gl.bfloat16, [2, T, B], tile)
+    number_ring = gl.allocate_shared_memory(gl.float32, [3, T, 64], words)
+    plane_ring = gl.allocate_shared_memory(gl.bfloat16, [3, T, 64], tile)
+    weight = gl.allocate_shared_memory(gl.float32, [N * B, 32], words)
+    # Swizzled so that neither the matrix units' columns nor the rows read later collide in banks.
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    products = gl.allocate_shared_memory(gl.float32, [T, N * B], swizzled)
+    merged_tile = gl.allocate_shared_memory(gl.bfloat16, [N, T, B], tile3)
+    dx_tile = gl.allocate_shared_memory(gl.bfloat16, [T, N, B], tile3)
+    df_tile = gl.allocate_shared_memory(gl.bfloat16, [T, B], tile)
+    full = (
+        make_barriers(2),
+        make_barriers(2),
+        make_barriers(2),
+        make_barriers(2),
+        make_barriers(3),
+        make_barriers(3),
+    )
+    empty = (make_barriers(2), make_barriers(3))
+    fence_async_shared()
+    gl.thread_barrier()
+
+    rings = (xs, gs, fs, dus, number_ring, plane_ring)
+    buffers = (weight, products, merged_tile, dx_tile, df_tile)
+    # fmt: off
+    gl.warp_specialize([
+        (sum_tiles, ((dx, df), rings, full, empty, buffers, fn_ptr, dpost_ptr, dcomb_ptr, dfn_ptr,
+                     tokens, start, stop, steps, chunk, piece, N, C, T, B, num_warps)),
+        (load_tiles, ((x, dx_next, f, du, numbers, planes), rings, full, empty,
+                      start, chunk * B, steps, N, T, B)),
+    ], [1], [24])
+    # fmt: on

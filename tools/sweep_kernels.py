@@ -1,0 +1,55 @@
+"""Times block sizes of the mHC kernels on a GPU, a line for each; the chosen ones are launch.CONFIGS.
+
+python tools/sweep_kernels.py --channels 4096
+"""
+
+import argparse
+
+from benchmark_kernels import kernel_times, make_inputs, make_steps
+from triton.runtime.errors import OutOfResources
+
+from megatron_mhc.kernels import launch, launch_backward
+
+TILES = ("BLOCK_T", "BLOCK_C", "num_warps", "STAGES", "maxnreg")
+SWEEP = {
+    "map": [(64, 64, 8, 3, None), (64, 64, 16, 3, 128), (32, 64, 8, 4, None), (32, 128, 8, 2, None),
+            (16, 128, 8, 3, None)],
+    "aggregate": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4)],
+    "aggregate_backward": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4)],
+}  # fmt: skip
+REDUCE = [(256, 16), (128, 16), (128, 32), (512, 8), (1024, 4)]
+
+
+def show(label: str, step, kernel: str) -> None:
+    try:
+        times = kernel_times(step, 7)
+    except OutOfResources as error:
+        print(f"{label}: does not fit, {error}")
+        return
+    chosen = sum(time for name, time in times.items() if name.startswith(kernel))
+    print(f"{label}: {kernel} {chosen:.1f} us, all {sum(times.values()):.1f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--channels", type=int, default=4096)
+    arguments = parser.parse_args()
+    inputs = make_inputs(arguments.tokens, arguments.channels)
+    for name, entries in SWEEP.items():
+        chosen = launch.CONFIGS[name]
+        for entry in entries:
+            options = {key: value for key, value in zip(TILES, entry) if value is not None}
+            launch.CONFIGS[name] = {"num_stages": 1} | options
+            _, step = make_steps("post_pre", inputs, "triton")
+            kernel = "merge_map" if name == "map" else f"{name}_kernel"
+            show(f"{name} {options}", step, kernel)
+        launch.CONFIGS[name] = chosen
+    for block, shares in REDUCE:
+        launch_backward.REDUCE_BLOCK, launch_backward.REDUCE_SHARES = block, shares
+        _, step = make_steps("post_pre", inputs, "triton")
+        show(f"reduce {block} columns, {shares} shares", step, "reduce")
+
+
+if __name__ == "__main__":
+    main()
