@@ -46,3 +46,36 @@ def test_the_line_names_the_kernels_that_will_serve(model_line, monkeypatch):
 def test_triton_that_cannot_serve_is_refused_with_its_flag(model_line, settings, dtype, reason):
     with pytest.raises(UserError, match=f"--mhc-backend='triton': {reason}.*use backend='auto'"):
         model_line(arguments(dtype), MHCConfig(backend="triton", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [8]),
+        ({"pipeline_model_parallel_size": 2}, [4, 4]),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            [2, 2, 2, 2],
+        ),
+        ({"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 3}, [3, 5]),
+        (
+            {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": "Et*3|t*5L"},
+            [3, 5],
+        ),
+    ],
+    ids=["one", "even", "virtual", "uneven", "layout"],
+)
+def test_layers_of_every_pipeline_stage(settings, expected):
+    environment.prepare()
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_mhc.startup import _stage_layers
+
+    config = TransformerConfig(
+        num_layers=8,
+        hidden_size=64,
+        num_attention_heads=4,
+        pipeline_dtype=torch.bfloat16,
+        **settings,
+    )
+    assert _stage_layers(config) == expected
