@@ -23,6 +23,7 @@ def main() -> None:
     environment.prepare()
     environment.set_single_process()
     # Megatron can be imported only now: environment.prepare() made that possible.
+    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.training import set_startup_timestamps
@@ -35,6 +36,8 @@ def main() -> None:
     datasets_provider.is_distributed = True
     model_type = ModelType.encoder_or_decoder
     pretrain(config, datasets_provider, model_type, make_forward_step(), **slots)
+    # Left to the interpreter's exit, gloo's threads now and then aborted a rank that had finished.
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
