@@ -36,6 +36,8 @@ def main() -> None:
     datasets_provider.is_distributed = True
     model_type = ModelType.encoder_or_decoder
     pretrain(config, datasets_provider, model_type, make_forward_step(), **slots)
+    if "p2p_communicator" in slots:
+        slots["p2p_communicator"].drain()
     # Left to the interpreter's exit, gloo's threads now and then aborted a rank that had finished.
     torch.distributed.destroy_process_group()
 
