@@ -30,6 +30,7 @@ __all__ = [
     "mhc_head",
     "mhc_mappings",
     "mhc_post",
+    "mhc_post_head",
     "mhc_post_pre",
     "mhc_pre",
     "sinkhorn",
@@ -228,6 +229,34 @@ def mhc_head(
     if _choose(backend, (x, fn, scale, base)) == "triton":
         return _triton().head(x, fn, scale, base, eps, norm_eps)
     return reference.mhc_head(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
+
+
+def mhc_post_head(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    eps: float = 1e-6,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`mhc_post` of the last sublayer and :func:`mhc_head`, [..., C] of x's dtype.
+
+    Raises:
+        ValueError: as the two functions.
+    """
+    check_merge(x, f, post, comb)
+    check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
+    check_eps(eps=eps, norm_eps=norm_eps)
+    tensors = (x, f, post, comb, fn, scale, base)
+    if _choose(backend, tensors) == "triton":
+        return _triton().post_head(*tensors, eps, norm_eps)
+    merged = reference.mhc_post(x, f, post, comb)
+    return reference.mhc_head(merged, fn, scale, base, eps=eps, norm_eps=norm_eps)
 
 
 def mhc_expand(h: Tensor, n: int, *, backend: str = "auto") -> Tensor:

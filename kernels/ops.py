@@ -295,6 +295,22 @@ def head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_ep
     return u.view(*x.shape[:-2], x.shape[-1])
 
 
+def post_head(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    eps: float,
+    norm_eps: float,
+) -> Tensor:
+    """:func:`kernels.mhc_post_head` by Triton."""
+    merge = (_tokens(x, 2), _tokens(f, 1), _tokens(post, 1), _tokens(comb, 2))
+    return _post_pre(*merge, *_mapping(fn, scale, base), 1, eps, norm_eps)[1].view(f.shape)
+
+
 def post_pre(
     x: Tensor,
     f: Tensor,

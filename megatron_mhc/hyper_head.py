@@ -44,7 +44,7 @@ class HyperHead(Float32Parameters):
         )
 
     def forward(self, state: StreamState) -> Tensor:
-        """h [..., C] of the streams' dtype; a pending merge is formed first."""
+        """h [..., C] of the streams' dtype; a pending merge is formed in the same kernel."""
         if not (self.config.recompute and torch.is_grad_enabled()):
             return self._collapse(*state.tensors())[0]
         return recompute.run(self._collapse, state.tensors(), state.stand_ins())[0][0]
@@ -52,13 +52,7 @@ class HyperHead(Float32Parameters):
     def _collapse(self, *tensors: Tensor) -> tuple[Tensor]:
         """h of streams (x,) or of a pending merge (x, f, post, comb)."""
         config = self.config
-        h = kernels.mhc_head(
-            StreamState.from_tensors(*tensors).merged(config.backend),
-            self.fn,
-            self.scale,
-            self.base,
-            eps=config.eps,
-            norm_eps=self.norm_eps,
-            backend=config.backend,
-        )
-        return (h,)
+        collapse = kernels.mhc_head if len(tensors) == 1 else kernels.mhc_post_head
+        mapping = (self.fn, self.scale, self.base)
+        options = {"eps": config.eps, "norm_eps": self.norm_eps, "backend": config.backend}
+        return (collapse(*tensors, *mapping, **options),)

@@ -42,6 +42,11 @@ def operators(n):
         options = {"eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
         return (kernels.mhc_head(x, fn[:n], scale[:1], base[:n], **options),)
 
+    def post_head(x, f, post, comb, fn, scale, base, backend):
+        options = {"eps": 1e-6, "norm_eps": 1e-6, "backend": backend}
+        merge = (x, f, post, comb)
+        return (kernels.mhc_post_head(*merge, fn[:n], scale[:1], base[:n], **options),)
+
     def expand(f, backend):
         return (kernels.mhc_expand(f, n, backend=backend),)
 
@@ -51,6 +56,7 @@ def operators(n):
         ("pre", pre, (0, *mapping)),
         ("post_pre", post_pre, tuple(range(7))),
         ("head", head, (0, *mapping)),
+        ("post_head", post_head, tuple(range(7))),
         ("expand", expand, (1,)),
     ]
 
