@@ -33,6 +33,10 @@ def flat_output(state: StreamState, backend: str) -> Tensor:
     return make_viewless_tensor(state.to_flat(backend), requires_grad=True, keep_graph=True)
 
 
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr()
+
+
 class ProgramOrder:
     """The boundary without streams, for a CPU: what is called first runs first."""
 
@@ -60,8 +64,9 @@ class PriorityStream:
     """
 
     def __init__(self) -> None:
-        self._formed: int | None = None
-        self._gradient: tuple[int, torch.cuda.Event] | None = None
+        # Aliases, not addresses: memory that is held cannot come back as another tensor's.
+        self._formed: Tensor | None = None
+        self._gradient: tuple[Tensor, torch.cuda.Event] | None = None
 
     # The device is chosen after the command line is read, and a stream belongs to a device.
     @functools.cached_property
@@ -85,7 +90,7 @@ class PriorityStream:
             tensor.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             output = flat_output(state, backend)
-        self._formed = output.data_ptr()
+        self._formed = output.detach()
         return output
 
     def expect_gradient(self, received: Tensor) -> None:
@@ -97,18 +102,17 @@ class PriorityStream:
         def note(leaf: Tensor) -> None:
             ready = torch.cuda.Event()
             ready.record()
-            self._gradient = (leaf.grad.data_ptr(), ready)
+            self._gradient = (leaf.grad.detach(), ready)
 
         received.register_post_accumulate_grad_hook(note)
 
     @contextlib.contextmanager
     def sending(self, tensor: Tensor):
         """Makes this stream current, behind ``tensor`` and no more than that where it is known."""
-        address = tensor.data_ptr()
-        if self._gradient is not None and self._gradient[0] == address:
+        if self._gradient is not None and _same_memory(self._gradient[0], tensor):
             self.stream.wait_event(self._gradient[1])
             self._gradient = None
-        elif self._formed == address:
+        elif self._formed is not None and _same_memory(self._formed, tensor):
             self._formed = None
         else:
             self.stream.wait_stream(torch.cuda.current_stream())

@@ -104,7 +104,7 @@ class UnorderedMerge(Disturbed):
         torch.cuda._sleep(LAG)
         with torch.cuda.stream(self.stream):
             output = flat_output(state, backend)
-        self._formed = output.data_ptr()
+        self._formed = output.detach()
         return output
 
 
@@ -113,8 +113,8 @@ class UnorderedGradient(Lagging):
 
     @contextlib.contextmanager
     def sending(self, tensor):
-        if self._gradient is not None and self._gradient[0] == tensor.data_ptr():
-            self._gradient = (tensor.data_ptr(), torch.cuda.Event())
+        if self._gradient is not None and self._gradient[0].data_ptr() == tensor.data_ptr():
+            self._gradient = (tensor, torch.cuda.Event())
             self._gradient[1].record(self.stream)
         with super().sending(tensor):
             yield
