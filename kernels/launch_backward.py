@@ -1,6 +1,5 @@
 """Backward of post, pre, head and post_pre: four launches. Tensors are [T, ...], contiguous."""
 
-import importlib.util
 import logging
 import os
 from functools import lru_cache
@@ -30,16 +29,24 @@ logger = logging.getLogger(__name__)
 REDUCE_BLOCK, REDUCE_SHARES = 256, 16
 
 
+# Gluon is an experimental part of Triton, so no other minor version is taken on trust.
+GLUON_TESTED = "3.6."
+
+
 @lru_cache
 def hopper(device: torch.device) -> bool:
-    """Whether the Hopper kernel runs on ``device``; says so if Triton alone is in the way."""
+    """Whether the Hopper kernel runs on ``device``; says so if only Triton's version forbids it."""
     if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return False
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    if importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is None:
-        logger.warning("mHC kernels: Triton %s lacks Gluon for Hopper, so the backward pass takes "
-                       "the slower kernel for all GPUs", triton.__version__)  # fmt: skip
+    if not triton.__version__.startswith(GLUON_TESTED):
+        logger.warning(
+            "mHC kernels: the backward pass for Hopper was tested with Triton %sx, this is %s: the "
+            "slower one for all GPUs is in use",
+            GLUON_TESTED,
+            triton.__version__,
+        )
         return False
     return True
 
