@@ -244,7 +244,14 @@ def mhc_post_head(
     norm_eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`mhc_post` of the last sublayer and :func:`mhc_head`, [..., C] of x's dtype.
+    """:func:`mhc_post` of the last sublayer and :func:`mhc_head` of what it gave.
+
+    Args:
+        x: [..., n, C] and f: [..., C], the streams and the sublayer's output; post: [..., n] and
+            comb: [..., n, n], float32. fn: [n, nC], scale: [1], base: [n], float32.
+
+    Returns:
+        h [..., C] of x's dtype.
 
     Raises:
         ValueError: as the two functions.
@@ -255,8 +262,7 @@ def mhc_post_head(
     tensors = (x, f, post, comb, fn, scale, base)
     if _choose(backend, tensors) == "triton":
         return _triton().post_head(*tensors, eps, norm_eps)
-    merged = reference.mhc_post(x, f, post, comb)
-    return reference.mhc_head(merged, fn, scale, base, eps=eps, norm_eps=norm_eps)
+    return reference.mhc_post_head(*tensors, eps=eps, norm_eps=norm_eps)
 
 
 def mhc_expand(h: Tensor, n: int, *, backend: str = "auto") -> Tensor:

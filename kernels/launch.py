@@ -34,9 +34,11 @@ CONFIGS = {
 }
 # Tokens of one block of aggregate_kernel that computes mappings.
 MAPPING_BLOCK = 8
-# Blocks of merge_map_kernel and of streams_backward_kernel that one multiprocessor holds.
+# Blocks of merge_map_kernel and of streams_backward_kernel (with and without a mapping) that one
+# multiprocessor holds.
 MAP_RESIDENT = 1
 STREAMS_RESIDENT = 1
+POST_STREAMS_RESIDENT = 2
 # Shared memory of a block where three tiles of the large kernels are in flight.
 STAGED_MEMORY = 220 * 1024
 

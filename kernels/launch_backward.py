@@ -11,6 +11,7 @@ from torch import Tensor
 from .aggregate_backward_kernel import aggregate_backward_kernel
 from .launch import (
     CONFIGS,
+    POST_STREAMS_RESIDENT,
     STREAMS_RESIDENT,
     cdiv,
     config,
@@ -173,7 +174,7 @@ def streams_backward(
         dposts = torch.empty((chunks, *post.shape), **empty)
         dcombs = torch.empty((chunks, *comb.shape), **empty)
     if tokens:
-        resident = STREAMS_RESIDENT if mapped else 2
+        resident = STREAMS_RESIDENT if mapped else POST_STREAMS_RESIDENT
         slots = resident * multiprocessors(x.device)
         ranges, size = pieces(cdiv(tokens, options["BLOCK_T"]), chunks, slots)
         size *= options["BLOCK_T"]

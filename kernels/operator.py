@@ -12,8 +12,8 @@ def operator(
     """Decorates the implementation of ``mhc::name``, whose arguments are annotated.
 
     torch.compile and export see the operator of torch.library. Eager calls take a
-    torch.autograd.Function of the same functions, or the implementation itself: going through
-    torch.library cost 1 ms of Python a step on an H200's host, longer than the kernels run.
+    torch.autograd.Function of the same functions, or the implementation itself: with a host as slow
+    as a GPU's, the Python of torch.library's wrappers is part of the step.
 
     Args:
         name: of the torch.library operator.
@@ -28,7 +28,7 @@ def operator(
         if grad is not None:
             traced.register_autograd(grad, setup_context=save)
 
-            # Not setup_context: binding its signature costs more than a launch.
+            # Not setup_context: torch binds the signature of such a function in every call.
             def forward(ctx, *inputs):
                 output = function(*inputs)
                 save(ctx, inputs, output)

@@ -165,6 +165,20 @@ def mhc_post_pre(
     return x_next, *mhc_pre(x_next, fn, scale, base, **mapping_options)
 
 
+def mhc_post_head(
+    x: Tensor,
+    f: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    **head_options,
+) -> Tensor:
+    """:func:`mhc_post`, then :func:`mhc_head` on what it gave: h [..., C] of x's dtype."""
+    return mhc_head(mhc_post(x, f, post, comb), fn, scale, base, **head_options)
+
+
 def mhc_head(
     x: Tensor,
     fn: Tensor,

@@ -146,3 +146,16 @@ def micro_batches(dp: int, dp_rank: int):
             "mask": mask,
             "positions": torch.arange(SEQUENCE).expand(MICRO_BATCH, -1),
         }
+
+
+def forward_step(iterator, model):
+    """Megatron's forward_step_func: the sum of the unmasked losses, their count, and the mean."""
+    batch = next(iterator)
+    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+
+    def loss(losses):
+        total = (losses.float() * batch["mask"]).sum()
+        report = {batch["index"]: total.detach() / batch["mask"].sum()}
+        return total, batch["mask"].sum().int(), report
+
+    return losses, loss

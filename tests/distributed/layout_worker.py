@@ -20,7 +20,14 @@ from megatron_mhc import environment
 environment.prepare()
 # Megatron can be imported only now.
 from layout_cases import CASES, LAYOUTS, RUNS, Case, Layout  # noqa: E402
-from layout_model import MICRO_BATCH, MICRO_BATCHES, SEQUENCE, build_model, micro_batches  # noqa: E402
+from layout_model import (  # noqa: E402
+    MICRO_BATCH,
+    MICRO_BATCHES,
+    SEQUENCE,
+    build_model,
+    forward_step,
+    micro_batches,
+)
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -29,19 +36,6 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron_mhc import patches  # noqa: E402
 
 STEPS = 2
-
-
-def forward_step(iterator, model):
-    """Megatron's forward_step_func: the sum of the unmasked losses, their count, and the mean."""
-    batch = next(iterator)
-    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
-
-    def loss(losses):
-        total = (losses.float() * batch["mask"]).sum()
-        report = {batch["index"]: total.detach() / batch["mask"].sum()}
-        return total, batch["mask"].sum().int(), report
-
-    return losses, loss
 
 
 def forward_backward(model, layout: Layout, dp_rank: int) -> dict[int, torch.Tensor]:

@@ -23,6 +23,7 @@ environment.prepare()
 # Megatron can be imported only now.
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from layout_model import forward_step  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -40,19 +41,6 @@ from pipeline_model import (  # noqa: E402
 
 from megatron_mhc import patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, send_boundary  # noqa: E402
-
-
-def forward_step(iterator, model):
-    """Megatron's forward_step_func: the sum of the unmasked losses, their count, and the mean."""
-    batch = next(iterator)
-    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
-
-    def loss(losses):
-        total = (losses.float() * batch["mask"]).sum()
-        report = {batch["index"]: total.detach() / batch["mask"].sum()}
-        return total, batch["mask"].sum().int(), report
-
-    return losses, loss
 
 
 def losses_of(pipeline: Pipeline, chunks, communication: dict, **mode) -> dict[int, torch.Tensor]:

@@ -1,15 +1,12 @@
 """Every parallel layout gives the losses and gradients of a single process (CPU, gloo)."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from layout_cases import CASES, LAYOUTS, RUNS
+from workers import load_ranks, run_worker
 
-HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-5
 MHC_PARAMETERS = ("hyper_connection.", "hyper_head.")
 # 3 layers with two connections each, and the head; each has fn, scale and base.
@@ -33,29 +30,13 @@ REFERENCE = {
 def results(tmp_path_factory) -> Path:
     """The folder of the worker's results, all layouts run once."""
     folder = tmp_path_factory.mktemp("layouts")
-    # Also on a GPU host these processes are CPU processes.
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    environment.pop("RANK", None)
-    command = [sys.executable, str(HERE / "layout_worker.py"), str(folder)]
-    with open(folder / "log", "w+") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=280, check=False)
+    run_worker("layout_worker.py", folder, seconds=280)
     return folder
 
 
-def load_ranks(results: Path, layout: str, case: str) -> list[dict]:
+def load(results: Path, layout: str, case: str) -> list[dict]:
     """The results of every rank of one run, in rank order."""
-    ranks = []
-    for rank in range(LAYOUTS[layout].world):
-        path = results / f"{layout}.{case}.{rank}.pt"
-        assert path.is_file(), f"{path.name} is missing\n{(results / 'log').read_text()[-3000:]}"
-        ranks.append(torch.load(path, weights_only=True))
-        assert "error" not in ranks[-1], ranks[-1]["error"]
-    return ranks
+    return load_ranks(results, f"{layout}.{case}", LAYOUTS[layout].world)
 
 
 def whole_tensors(tp_ranks: list[dict]) -> dict[str, list[torch.Tensor]]:
@@ -78,9 +59,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("layout", "case"), COMPARED)
 def test_losses_are_the_single_process_ones(results, layout, case):
-    (single,) = load_ranks(results, "single", REFERENCE.get(case, case))
+    (single,) = load(results, "single", REFERENCE.get(case, case))
     seen = set()
-    for rank in load_ranks(results, layout, case):
+    for rank in load(results, layout, case):
         for index, loss in rank["losses"].items():
             reference = single["losses"][index].item()
             assert loss.item() == pytest.approx(reference, rel=TOLERANCE)
@@ -91,8 +72,8 @@ def test_losses_are_the_single_process_ones(results, layout, case):
 @pytest.mark.parametrize(("layout", "case"), COMPARED)
 def test_gradients_are_the_single_process_ones(results, layout, case):
     """On every rank, replicas too: a gradient that one rank failed to reduce shows."""
-    (single,) = load_ranks(results, "single", REFERENCE.get(case, case))
-    ranks = load_ranks(results, layout, case)
+    (single,) = load(results, "single", REFERENCE.get(case, case))
+    ranks = load(results, layout, case)
     tp = LAYOUTS[layout].tp
     for first in range(0, len(ranks), tp):
         gradients = whole_tensors(ranks[first : first + tp])
@@ -106,7 +87,7 @@ def test_gradients_are_the_single_process_ones(results, layout, case):
 @pytest.mark.parametrize("case", ["sinkhorn", "classic", "unconstrained", "identity", "bf16"])
 def test_every_parameter_has_a_gradient(results, case):
     """Else the comparisons above compare nothing."""
-    (single,) = load_ranks(results, "single", case)
+    (single,) = load(results, "single", case)
     mhc = [name for name in single["values"] if any(part in name for part in MHC_PARAMETERS)]
     assert len(mhc) == MHC_COUNT
     for name, gradient in single["values"].items():
@@ -114,7 +95,7 @@ def test_every_parameter_has_a_gradient(results, case):
 
 
 def test_tensor_parallel_ranks_hold_parts_and_mhc_parameters_whole(results):
-    for rank in load_ranks(results, "tp2", "sinkhorn"):
+    for rank in load(results, "tp2", "sinkhorn"):
         sharding = rank["sharding"]
         assert sharding["decoder.layers.0.mlp.linear_fc1.weight"] == (0, 2)
         assert sum(part is not None for part in sharding.values()) == 3 * 4 + 2
@@ -125,16 +106,14 @@ def test_tensor_parallel_ranks_hold_parts_and_mhc_parameters_whole(results):
 
 def test_bf16_model_keeps_mhc_parameters_in_float32(results):
     for layout in ("single", "dp2"):
-        for rank in load_ranks(results, layout, "bf16"):
+        for rank in load(results, layout, "bf16"):
             for name, dtype in rank["dtypes"].items():
                 mhc = any(part in name for part in MHC_PARAMETERS)
                 assert dtype == (torch.float32 if mhc else torch.bfloat16), name
 
 
 def test_recompute_gives_the_bits_of_the_same_layout_without_it(results):
-    pairs = zip(
-        load_ranks(results, "tp2", "recompute"), load_ranks(results, "tp2", "sequence_parallel")
-    )
+    pairs = zip(load(results, "tp2", "recompute"), load(results, "tp2", "sequence_parallel"))
     for recomputed, kept in pairs:
         assert recomputed["losses"] == kept["losses"]
         for name, value in kept["values"].items():
@@ -144,9 +123,9 @@ def test_recompute_gives_the_bits_of_the_same_layout_without_it(results):
 # A last bit of the gradients' norm rounds some bf16 weights the other way; their spacing is 0.004.
 @pytest.mark.parametrize(("precision", "tolerance"), [("", 1e-6), ("bf16_", 4e-3)])
 def test_distributed_optimizer_steps_as_the_plain_one(results, precision, tolerance):
-    plain = load_ranks(results, "dp2", f"{precision}adam")
-    distributed = load_ranks(results, "dp2", f"{precision}distributed_adam")
-    (before,) = load_ranks(results, "single", "bf16" if precision else "sinkhorn")
+    plain = load(results, "dp2", f"{precision}adam")
+    distributed = load(results, "dp2", f"{precision}distributed_adam")
+    (before,) = load(results, "single", "bf16" if precision else "sinkhorn")
     for one, other in zip(plain, distributed, strict=True):
         assert one["dtypes"] == other["dtypes"] == before["dtypes"]
         for index, loss in other["losses"].items():

@@ -1,17 +1,14 @@
 """Every division into pipeline stages gives the losses and gradients of a single process (gloo)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from pipeline_cases import PIPELINES, RANDOM_PIPELINES, STARTS, Pipeline
 from test_parallel_layouts import relative_error, whole_tensors
+from workers import load_ranks, run_worker
 
-HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-5
 
 
@@ -19,29 +16,9 @@ TOLERANCE = 1e-5
 def results(tmp_path_factory) -> Path:
     """The folder of the worker's results, all layouts run once."""
     folder = tmp_path_factory.mktemp("pipelines")
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    environment.pop("RANK", None)
-    command = [sys.executable, str(HERE / "pipeline_worker.py"), str(folder)]
-    with open(folder / "log", "w+") as log:
-        subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=400, check=False)
+    run_worker("pipeline_worker.py", folder, seconds=400)
     assert (folder / "done").is_file(), (folder / "log").read_text()[-3000:]
     return folder
-
-
-def load_ranks(results: Path, name: str, world: int) -> list[dict]:
-    """What every rank of one run saw, in rank order."""
-    ranks = []
-    for rank in range(world):
-        path = results / f"{name}.{rank}.pt"
-        assert path.is_file(), f"{path.name} is missing\n{(results / 'log').read_text()[-3000:]}"
-        ranks.append(torch.load(path, weights_only=True))
-        assert "error" not in ranks[-1], ranks[-1]["error"]
-    return ranks
 
 
 def assert_equals_single_process(results: Path, pipeline: Pipeline) -> None:

@@ -7,10 +7,9 @@ import torch
 
 from megatron_mhc import MHCConfig
 from tests.models import SEED, build_gpt, random_tokens, scramble_mappings
+from tests.recompute_settings import DENSE, UNIFORM, selective, settings_id
 
 WIDE = {"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 3}
-UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
-BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 EXPERTS = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
@@ -18,10 +17,6 @@ EXPERTS = {
     "moe_grouped_gemm": True,
     "moe_token_dispatcher_type": "alltoall",
 }
-
-
-def selective(*modules: str) -> dict:
-    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
 def gradients(mhc=None, dtype=torch.bfloat16, transformer_engine=True, stream=None, **settings):
@@ -63,27 +58,20 @@ def test_mhc_recompute_gives_the_same_bits(layers, dtype):
 
 
 @pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(recompute=True, recompute_layer_num=2)])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {**UNIFORM, "recompute_num_layers": 1},
-        {**UNIFORM, "recompute_num_layers": 2},
-        {**BLOCK, "recompute_num_layers": 2},
-        selective("core_attn"),
-        selective("mlp"),
-    ],
-    ids=lambda settings: " ".join(str(value) for value in settings.values()),
-)
+@pytest.mark.parametrize("settings", DENSE, ids=settings_id)
 def test_megatrons_recompute_gives_the_same_bits(settings, mhc):
     """With the Triton kernels: the deferred merge crosses the checkpoint."""
     assert_same_bits(gradients(mhc, **settings), gradients())
 
 
-@pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(recompute=True)])
-@pytest.mark.parametrize("modules", [(), ("moe",), ("layernorm",), ("moe_act",)])
-def test_mixtures_of_experts(modules, mhc):
-    if mhc.recompute and "layernorm" in modules:
-        pytest.skip("--mhc-recompute recomputes the norm, and the flag is refused")
+# mHC's recomputation has the norms in it, so it never goes with Megatron's of them.
+@pytest.mark.parametrize(
+    ("modules", "recompute"),
+    [(("layernorm",), False)]
+    + [(modules, mhc) for modules in ((), ("moe",), ("moe_act",)) for mhc in (False, True)],
+)
+def test_mixtures_of_experts(modules, recompute):
+    mhc = MHCConfig(recompute=recompute)
     expected = gradients(**EXPERTS)
     assert_same_bits(gradients(mhc, **EXPERTS, **selective(*modules)), expected)
 

@@ -6,10 +6,9 @@ import torch
 from megatron_mhc import MHCConfig
 from megatron_mhc.hyper_connection import HyperConnection
 from tests.models import SEED, build_gpt, random_tokens, scramble_mappings
+from tests.recompute_settings import DENSE, UNIFORM, selective, settings_id
 
 DTYPES = [torch.float32, torch.bfloat16]
-UNIFORM = {"recompute_granularity": "full", "recompute_method": "uniform"}
-BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 
 EXPERTS = {
     "num_moe_experts": 4,
@@ -20,10 +19,6 @@ EXPERTS = {
     "moe_aux_loss_coeff": 0.01,
     "moe_grouped_gemm": False,
 }
-
-
-def selective(*modules: str) -> dict:
-    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
 def gradients(mhc=None, dtype=torch.float32, **settings):
@@ -71,17 +66,7 @@ def test_mhc_recompute_gives_the_same_bits(layers, dtype, plain_gradients):
 
 
 @pytest.mark.parametrize("mhc", [MHCConfig(), MHCConfig(recompute=True, recompute_layer_num=2)])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {**UNIFORM, "recompute_num_layers": 1},
-        {**UNIFORM, "recompute_num_layers": 2},
-        {**BLOCK, "recompute_num_layers": 2},
-        selective("core_attn"),
-        selective("mlp"),
-    ],
-    ids=lambda settings: " ".join(str(value) for value in settings.values()),
-)
+@pytest.mark.parametrize("settings", DENSE, ids=settings_id)
 def test_megatrons_recompute_gives_the_same_bits(settings, mhc, plain_gradients):
     assert_same_bits(gradients(mhc, **settings), plain_gradients[torch.float32])
 
