@@ -56,7 +56,6 @@ class MHCTransformerBlock(TransformerBlock):
             layers = block_layers(self.mhc, len(self.layers))
             for layer in self.layers[::layers]:
                 layer.starts_recomputed_block = True
-        self._in_flight: list[InFlight] = []
 
     def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
         (state,) = inputs
@@ -66,16 +65,14 @@ class MHCTransformerBlock(TransformerBlock):
         return self.hyper_head(state)
 
     def _note(self, state: StreamState) -> None:
-        self._in_flight = [passed for passed in self._in_flight if passed.waiting]
         if state.discarded is not None:
-            self._in_flight.append(InFlight(state.discarded))
+            self.boundary.replays.begin(self.vp_stage or 0, InFlight(state.discarded))
 
     def replay_ahead(self, stream: torch.cuda.Stream | None = None) -> bool:
-        """Replay what the next backward pass through this stage needs first: its last block.
+        """Replay what the next backward pass needs first: the last block of its stage.
 
-        For a pipeline to call before it waits for the gradient: the replay needs nothing of it.
-        Forward passes are taken in their order, as every schedule's backward passes are. Earlier
-        blocks of the stage are replayed when the backward pass reaches them.
+        A PipelineCommunicator does so while the gradient is on its way; this is for a schedule of
+        your own. Earlier blocks are replayed when the backward pass reaches them.
 
         Args:
             stream: where to replay; None is the current one.
@@ -83,10 +80,7 @@ class MHCTransformerBlock(TransformerBlock):
         Returns:
             Whether there was anything to replay.
         """
-        waiting = [passed for passed in self._in_flight if passed.waiting]
-        if waiting:
-            waiting[0].replay(stream)
-        return bool(waiting)
+        return self.boundary.replays.replay_next(stream)
 
     def forward(self, hidden_states: Tensor | WrappedTensor | None, *args: Any, **kwargs: Any):
         """TransformerBlock's forward, on streams.

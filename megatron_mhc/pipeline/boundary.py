@@ -16,6 +16,8 @@ from torch import Tensor
 
 from megatron_mhc.state import StreamState
 
+from .replays import Replays
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -38,7 +40,18 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 class ProgramOrder:
-    """The boundary without streams, for a CPU: what is called first runs first."""
+    """The boundary without streams, for a CPU: what is called first runs first.
+
+    Attributes:
+        replays: the forward passes that recompute, noted by the blocks.
+    """
+
+    def __init__(self) -> None:
+        self.replays = Replays()
+
+    def replay_ahead(self) -> None:
+        """Replay what the next backward pass needs first, before its gradient is waited for."""
+        self.replays.replay_next()
 
     def form(self, state: StreamState, backend: str) -> Tensor:
         """The stage's output [s, b, n*C] of the model's dtype."""
@@ -61,9 +74,13 @@ class PriorityStream:
 
     Autograd runs a node's backward on the stream of its forward, so the backward of the merge is on
     this stream too, and autograd orders it against its neighbours.
+
+    Attributes:
+        replays: the forward passes that recompute, noted by the blocks.
     """
 
     def __init__(self) -> None:
+        self.replays = Replays()
         # Aliases, not addresses: memory that is held cannot come back as another tensor's.
         self._formed: Tensor | None = None
         self._gradient: tuple[Tensor, torch.cuda.Event] | None = None
@@ -78,6 +95,14 @@ class PriorityStream:
     @functools.cached_property
     def _completions(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
+
+    def replay_ahead(self) -> None:
+        """Replay what the next backward pass needs first, while the main stream goes on.
+
+        Called behind the send of a gradient, it starts when that is complete: one backward pass has
+        ended, and its memory is free, before the next one's replay holds any.
+        """
+        self.replays.replay_next(self.stream)
 
     def form(self, state: StreamState, backend: str) -> Tensor:
         """The stage's output [s, b, n*C], formed behind what the current stream holds now.

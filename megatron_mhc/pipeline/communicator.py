@@ -1,5 +1,6 @@
 """Megatron's P2PCommunicator for stage boundaries of n streams."""
 
+import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -7,19 +8,8 @@ from torch.distributed import ProcessGroup
 from .agreement import agree
 from .boundary import PriorityStream, ProgramOrder
 from .outbox import Outbox
-
-NOTHING = {
-    "tensor_send_next": None,
-    "tensor_send_prev": None,
-    "recv_prev": False,
-    "recv_next": False,
-}
-"""The arguments of a communication that does nothing."""
-ORDER = {
-    0: ("tensor_send_next", "recv_prev", "tensor_send_prev", "recv_next"),
-    1: ("recv_prev", "tensor_send_next", "recv_next", "tensor_send_prev"),
-}
-"""Rank's parity to the order of operations: where one stage sends, its neighbour receives."""
+from .replays import ReplayedBefore
+from .tracks import Tracks
 
 
 class PipelineCommunicator(P2PCommunicator):
@@ -28,15 +18,17 @@ class PipelineCommunicator(P2PCommunicator):
     Without a boundary it communicates as Megatron does, n times wider (overlap none). With one, a
     send is issued from the boundary's stream, and neither the compute stream nor the schedule waits
     for it: memory that is being sent is kept in an outbox until it was read, so the schedule may
-    free its tensor at once.
+    free its tensor at once. What the next backward pass has to recompute first is replayed while
+    its gradient is on the way.
 
-    Construction is a collective of ``pp_group``.
+    Construction is a collective of ``pp_group``, with a boundary of all ranks of the job.
 
     Args:
         pp_group, config: P2PCommunicator's. With a boundary, ``config.batch_p2p_comm`` must be
             False: a batch of sends and receives can only be waited for as a whole.
         num_streams: n; 1 for a plain model.
         boundary: where sends are issued from (:mod:`.boundary`); the blocks' specs take the same.
+        tracks: what a boundary sends over; None makes them.
 
     Raises:
         ValueError: a setting under which boundaries would be waited for, or cross.
@@ -49,6 +41,7 @@ class PipelineCommunicator(P2PCommunicator):
         config,
         num_streams: int,
         boundary: ProgramOrder | PriorityStream | None = None,
+        tracks: Tracks | None = None,
     ) -> None:
         super().__init__(pp_group, config)
         self.num_streams = num_streams
@@ -65,6 +58,10 @@ class PipelineCommunicator(P2PCommunicator):
             layers=config.num_layers,
             virtual_stages=config.virtual_pipeline_model_parallel_size,
         )
+        if boundary is not None:
+            chunks = config.virtual_pipeline_model_parallel_size or 1
+            self._tracks = tracks or Tracks(pp_group, wraps=chunks > 1)
+            boundary.replays.group = config.microbatch_group_size_per_vp_stage
 
     def _check_config(self) -> None:
         config = self.config
@@ -100,34 +97,41 @@ class PipelineCommunicator(P2PCommunicator):
                 tensor_shape=tensor_shape, wait_on_reqs=wait_on_reqs, **wanted
             )
 
+        # Receives first: the host may wait for a send, while a neighbour's waits for a receive.
         received, handles = {}, {}
-        for name in ORDER[self.pp_group.rank() % 2]:
-            if name.startswith("recv") and wanted[name]:
-                prev, next_, handle = self._single(name, True, tensor_shape)
-                received[name] = prev if name == "recv_prev" else next_
-                handles.update(handle)
-            elif name.startswith("tensor") and wanted[name] is not None:
+        for name in ("recv_prev", "recv_next"):
+            if wanted[name]:
+                received[name], handles[name] = self._receive(name, tensor_shape)
+        for name in ("tensor_send_next", "tensor_send_prev"):
+            if wanted[name] is not None:
                 self._send(name, wanted[name])
+        if "recv_prev" in received:
+            self.boundary.expect_gradient(received["recv_prev"])
+        if "recv_next" in received:
+            self.boundary.replay_ahead()
+            # In cool-down the receive is posted before the backward pass that precedes it.
+            handles["recv_next"] = ReplayedBefore(handles["recv_next"], self.boundary.replay_ahead)
         if wait_on_reqs:
             for handle in handles.values():
                 handle.wait()
             handles = None
-        if "recv_prev" in received:
-            self.boundary.expect_gradient(received["recv_prev"])
         return received.get("recv_prev"), received.get("recv_next"), handles
 
-    def _single(self, name: str, value: Tensor | bool, tensor_shape):
-        """One operation, not waited for: received tensors and the handle by its Megatron name."""
-        return super()._communicate(
-            **{**NOTHING, name: value}, tensor_shape=tensor_shape, wait_on_reqs=False
+    def _receive(self, name: str, shape: tuple[int, ...]):
+        """Post one receive: the tensor that is going to be filled, and its handle."""
+        tensor = torch.empty(
+            shape,
+            dtype=self.config.pipeline_dtype,
+            device=torch.cuda.current_device(),
+            requires_grad=True,
         )
+        return tensor, self._tracks.receive(name, tensor)
 
     def _send(self, name: str, tensor: Tensor) -> None:
         # The schedule frees a tensor by exchanging its data; the alias has its own hold on it.
         alias = tensor.detach()
         with self.boundary.sending(alias):
-            _, _, handles = self._single(name, alias, None)
-        (handle,) = handles.values()
+            handle = self._tracks.send(name, alias)
         self._outbox.add(self.boundary.completion(handle), alias)
 
     def drain(self) -> None:

@@ -1,0 +1,100 @@
+"""A pipeline's own communicators: no transfer queues behind one of another kind or direction.
+
+torch runs the single sends and receives between two ranks of a process group in the order of their
+calls, on one stream. In Megatron's groups an activation so waits for a gradient that was asked for
+before it and has not come. Here activations and gradients have groups of their own, and two each:
+of two stages, each is the other's next and previous.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+KIND = {
+    "tensor_send_next": "activation",
+    "recv_prev": "activation",
+    "tensor_send_prev": "gradient",
+    "recv_next": "gradient",
+}
+"""Megatron's name of an operation to what it moves."""
+
+
+class Tracks:
+    """Sends to and receives from the neighbours of a stage.
+
+    Construction is a collective of all ranks of the job, each with its own pipeline's group.
+
+    Args:
+        pp_group: the stages.
+        wraps: whether the last stage sends to the first, as it does with chunks.
+        ctas: SMs that one NCCL transfer may take; None leaves it to NCCL.
+    """
+
+    def __init__(self, pp_group: ProcessGroup, wraps: bool, ctas: int | None = None) -> None:
+        self.pp_group = pp_group
+        self.ctas = ctas
+        self._groups = self._make_groups()
+        self._connect(wraps)
+
+    def _make_groups(self) -> dict[tuple[str, int], ProcessGroup]:
+        """By kind and parity of the sending stage, the group of this rank's pipeline."""
+        mine = torch.distributed.get_process_group_ranks(self.pp_group)
+        pipelines: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(pipelines, tuple(mine))
+        groups = {}
+        # A process group is made by all ranks of the job, also by those that are not in it.
+        for ranks in sorted(set(pipelines)):
+            for kind in ("activation", "gradient"):
+                for parity in (0, 1):
+                    group = torch.distributed.new_group(
+                        ranks, pg_options=self._options(), group_desc=f"MHC_{kind.upper()}_{parity}"
+                    )
+                    if ranks == tuple(mine):
+                        groups[kind, parity] = group
+        return groups
+
+    def _options(self):
+        """NCCL's settings; None where transfers are not NCCL's."""
+        if torch.distributed.get_backend(self.pp_group) != "nccl":
+            return None
+        # A transfer must not wait until a matrix product that came first has left the SMs.
+        options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        if self.ctas is not None:
+            options.config.min_ctas = 1
+            options.config.max_ctas = self.ctas
+        return options
+
+    def _connect(self, wraps: bool) -> None:
+        """Send one element over every track.
+
+        NCCL connects two ranks at their first transfer, and both wait for that on the host. In the
+        schedule's order two stages would wait for each other, each for a gradient.
+        """
+        stages, rank = self.pp_group.size(), self.pp_group.rank()
+        last = stages if wraps else stages - 1
+        element = torch.zeros(1, device=torch.cuda.current_device())
+        for stage in (*range(0, last, 2), *range(1, last, 2)):  # pairs of neighbours, in parallel
+            if rank == stage:
+                self.send("tensor_send_next", element).wait()
+                self.receive("recv_next", element).wait()
+            if rank == (stage + 1) % stages:
+                self.receive("recv_prev", element).wait()
+                self.send("tensor_send_prev", element).wait()
+
+    def send(self, name: str, tensor: Tensor) -> Work:
+        """Start to send; ``name`` is tensor_send_next or tensor_send_prev."""
+        group = self._groups[KIND[name], self.pp_group.rank() % 2]
+        return torch.distributed.isend(tensor, self._neighbour(name), group=group)
+
+    def receive(self, name: str, into: Tensor) -> Work:
+        """Start to receive; ``name`` is recv_prev or recv_next."""
+        group = self._groups[KIND[name], self._place(name) % 2]
+        return torch.distributed.irecv(into, self._neighbour(name), group=group)
+
+    def _place(self, name: str) -> int:
+        """The neighbour's place among the stages."""
+        step = 1 if name.endswith("next") else -1
+        return (self.pp_group.rank() + step) % self.pp_group.size()
+
+    def _neighbour(self, name: str) -> int:
+        return torch.distributed.get_global_rank(self.pp_group, self._place(name))
