@@ -12,10 +12,14 @@ A step is the forward and backward passes of a global batch, without the optimiz
     sends        mHC, sends not waited for, merges on the main stream
     post         mHC, --mhc-pipeline-overlap post
     late         the same, without receiving ahead in warm-up and cool-down
+    shared       overlap post over Megatron's communicators
+    none+recompute, post+recompute    with --mhc-recompute
+    post@N       overlap post, a transfer takes N SMs at most; late, sends and plain-free too
 
-each in two stages; plain and none also on one GPU. The slow link is NCCL_P2P_DISABLE=1, through
-host memory. Writes pipeline.jsonl (a line a case, as they end), pipeline.md and, with --trace,
-Chrome traces of overlap none and post and a picture of them.
+each in two stages; plain, none and none+recompute also on one GPU. The slow link is
+NCCL_P2P_DISABLE=1, through host memory. All cases of a link run in one pair of processes. Writes
+pipeline.jsonl (a line a case, as they end), pipeline.md and, with --trace, Chrome traces of the
+staged cases and a picture of them.
 """
 
 import argparse
@@ -42,10 +46,12 @@ from megatron_mhc.report.timeline import draw_timelines  # noqa: E402
 from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
-CASES = ("plain", "none", "post", "late", "sends", "plain-free")
+RECOMPUTED = ("none+recompute", "post+recompute")
+CASES = ("plain", "none", "post", "late", "shared", "sends", "plain-free", *RECOMPUTED)
+MEGATRONS = ("plain", "none", "none+recompute", "shared")
+"""Cases that run over Megatron's communicators."""
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
 """Name of a link to the environment that makes NCCL use it."""
-TRACED = ("none", "post")
 RANKS = 2
 
 
@@ -78,13 +84,16 @@ def estimate(args) -> None:
 
 def settings_of(args, link: str) -> dict:
     """What a worker is told; the cases in the order in which they matter."""
-    alone = link == args.links[0] and not args.no_single
-    single = [("plain", 1, 1), ("none", 1, 1)] if alone else []
+    single = []
+    if link == args.links[0] and not args.no_single:
+        recomputed = ["none+recompute"] if set(RECOMPUTED) & set(args.cases) else []
+        single = [(case, 1, 1) for case in ("plain", "none", *recomputed)]
     staged = [(case, RANKS, chunks) for chunks in args.chunks for case in args.cases]
     return {
         "link": link,
+        "p2p_channels": args.nccl_p2p_channels,
         "cases": [*single, *staged],
-        "traced": [f"{case} {args.chunks[0]}" for case in TRACED] if args.trace else [],
+        "trace": args.trace,
         "profile": not args.no_profile,
         **{
             name: getattr(args, name)
@@ -105,6 +114,8 @@ def free_port() -> int:
 def start_workers(args, link: str) -> list[subprocess.Popen]:
     """The ranks of one link, importing and waiting for their turn."""
     port = free_port()
+    channels = args.nccl_p2p_channels
+    limits = {"NCCL_MAX_P2P_NCHANNELS": str(channels)} if channels else {}
     workers = []
     for rank in range(RANKS):
         environment = {
@@ -112,6 +123,7 @@ def start_workers(args, link: str) -> list[subprocess.Popen]:
             "NCCL_NVLS_ENABLE": "0",
             **os.environ,
             **LINKS[link],
+            **limits,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(RANKS),
@@ -208,12 +220,28 @@ def report(args, results_file: Path) -> None:
     table_console().print(table)
 
 
+def case_name(text: str) -> str:
+    """A case of the command line.
+
+    Raises:
+        ArgumentTypeError: there is no such case.
+    """
+    base, _, ctas = text.partition("@")
+    limited = ctas.isdecimal() and base not in MEGATRONS
+    if base not in CASES or "@" in text and not limited:
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(CASES)}, nor BASE@N, with BASE not {', '.join(MEGATRONS)}"
+        )
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder for results and logs")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", type=case_name, default=CASES, help="in this order")
+    parser.add_argument("--nccl-p2p-channels", type=int, help="NCCL_MAX_P2P_NCHANNELS of all cases")
     parser.add_argument("--chunks", nargs="+", type=int, default=[2, 1, 4])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
     parser.add_argument("--layers", type=int, default=8)
@@ -225,7 +253,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
-    parser.add_argument("--trace", action="store_true", help="of overlap none and post")
+    parser.add_argument("--trace", action="store_true", help="of every staged case")
     parser.add_argument("--no-single", action="store_true", help="leave the models of one GPU out")
     parser.add_argument("--no-profile", action="store_true", help="step times only")
     parser.add_argument("--estimate", action="store_true", help="the model on paper, no GPU")

@@ -49,6 +49,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron_mhc import MHCConfig, get_mhc_block_spec, patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, PriorityStream, send_boundary  # noqa: E402
 from megatron_mhc.pipeline.boundary import flat_output  # noqa: E402
+from megatron_mhc.pipeline.tracks import Tracks  # noqa: E402
 from megatron_mhc.report.trace import busy_us, read_kernels, window_us  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -64,16 +65,51 @@ class MergedOnMain(PriorityStream):
         return flat_output(state, backend)
 
 
-def boundary_of(mode: str):
-    """Where a mode's sends are issued from; None: Megatron's own way."""
-    if mode == "sends":
-        return MergedOnMain() if GPU else send_boundary()
-    return send_boundary() if mode in ("post", "late", "plain-free") else None
+class MegatronsGroups(Tracks):
+    """Megatron's communicators: of two stages one for what each sends, else one for a pair."""
+
+    def _make_groups(self):
+        odd = dist.group.WORLD if self.pp_group.size() == 2 else self.pp_group
+        kinds = ("activation", "gradient")
+        return {
+            (kind, odd_sends): (self.pp_group, odd)[odd_sends]
+            for kind in kinds
+            for odd_sends in (0, 1)
+        }
 
 
-def transformer_config(settings: dict, mode: str, stages: int, chunks: int) -> TransformerConfig:
+class Mode:
+    """What the name of a case says: BASE, BASE+recompute, BASE@CTAS or both.
+
+    Attributes:
+        base: one of the tool's cases. recompute: --mhc-recompute.
+        ctas: SMs that a transfer may take, None is NCCL's choice.
+    """
+
+    def __init__(self, name: str) -> None:
+        name, _, ctas = name.partition("@")
+        self.base, _, recompute = name.partition("+")
+        self.recompute = bool(recompute)
+        self.ctas = int(ctas) if ctas else None
+
+    @property
+    def plain(self) -> bool:
+        return self.base.startswith("plain")
+
+    @property
+    def waits(self) -> bool:
+        """Whether sends are waited for, as Megatron does."""
+        return self.base in ("plain", "none")
+
+    def boundary(self):
+        """Where sends are issued from; None: Megatron's own way."""
+        if self.waits:
+            return None
+        return MergedOnMain() if GPU and self.base == "sends" else send_boundary()
+
+
+def transformer_config(settings: dict, mode: Mode, stages: int, chunks: int) -> TransformerConfig:
     overlap_p2p = chunks > 1
-    unwaited = boundary_of(mode) is not None
     return TransformerConfig(
         num_layers=settings["layers"],
         hidden_size=settings["hidden"],
@@ -98,12 +134,12 @@ def transformer_config(settings: dict, mode: str, stages: int, chunks: int) -> T
         # As megatron.training sets them, and as overlap post does.
         deallocate_pipeline_outputs=True,
         overlap_p2p_comm=overlap_p2p,
-        batch_p2p_comm=not overlap_p2p and not unwaited,
-        overlap_p2p_comm_warmup_flush=overlap_p2p and unwaited and mode != "late",
+        batch_p2p_comm=not overlap_p2p and mode.waits,
+        overlap_p2p_comm_warmup_flush=overlap_p2p and not mode.waits and mode.base != "late",
     )
 
 
-def build_chunks(settings, mode, config, mhc, boundary) -> list[DistributedDataParallel]:
+def build_chunks(settings, config, mhc, boundary) -> list[DistributedDataParallel]:
     """This rank's part of the model; ``mhc`` None is the plain one."""
     group = parallel_state.get_pipeline_model_parallel_group()
     vpp = config.virtual_pipeline_model_parallel_size
@@ -143,30 +179,58 @@ def forward_step(iterator, model):
     return losses, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
 
 
-class Case:
-    """One model in one division, ready to step."""
+class Division:
+    """Megatron's process groups for a number of stages, and what runs over them."""
 
-    def __init__(self, settings: dict, mode: str, stages: int, chunks: int) -> None:
+    def __init__(self, settings: dict, stages: int, chunks: int) -> None:
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             pipeline_model_parallel_size=stages,
             virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
             create_gloo_process_groups=False,
         )
+        self.stages, self.chunks = stages, chunks
+        self.group = parallel_state.get_pipeline_model_parallel_group()
+        self._message = (
+            settings["length"] * settings["micro_batch"],
+            settings["streams"] * settings["hidden"],
+        )
+        self._tracks: dict[tuple, tuple[Tracks, float]] = {}
+
+    def tracks(self, mode: Mode) -> tuple[Tracks, float]:
+        """What a mode's transfers run over, and its GB/s from stage 0 to 1; made once."""
+        kind = MegatronsGroups if mode.waits or mode.base == "shared" else Tracks
+        if (kind, mode.ctas) not in self._tracks:
+            tracks = kind(self.group, wraps=self.chunks > 1, ctas=mode.ctas)
+            self._tracks[kind, mode.ctas] = tracks, bandwidth(tracks, self._message)
+        return self._tracks[kind, mode.ctas]
+
+
+class Case:
+    """One model in one division, ready to step."""
+
+    def __init__(self, settings: dict, name: str, division: Division) -> None:
+        mode = Mode(name)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         torch.manual_seed(1)
         self.settings = settings
-        self.config = transformer_config(settings, mode, stages, chunks)
-        mhc = None if mode.startswith("plain") else MHCConfig(num_streams=settings["streams"])
-        boundary = boundary_of(mode)
-        self.chunks = build_chunks(settings, mode, self.config, mhc, boundary)
+        self.config = transformer_config(settings, mode, division.stages, division.chunks)
+        mhc = None
+        if not mode.plain:
+            mhc = MHCConfig(num_streams=settings["streams"], recompute=mode.recompute)
+        boundary = mode.boundary()
+        self.chunks = build_chunks(settings, self.config, mhc, boundary)
         self.slots = {}
-        if stages > 1 and mode != "plain":
-            group = parallel_state.get_pipeline_model_parallel_group()
-            streams = mhc.num_streams if mhc else 1
-            communicator = PipelineCommunicator(group, self.config, streams, boundary)
-            groups = ProcessGroupCollection.use_mpu_process_groups()
-            self.slots = {"p2p_communicator": communicator, "pg_collection": groups}
+        self.link_gb_s = None
+        if division.stages > 1:
+            tracks, self.link_gb_s = division.tracks(mode)
+            if mode.base != "plain":
+                streams = mhc.num_streams if mhc else 1
+                communicator = PipelineCommunicator(
+                    division.group, self.config, streams, boundary, tracks if boundary else None
+                )
+                groups = ProcessGroupCollection.use_mpu_process_groups()
+                self.slots = {"p2p_communicator": communicator, "pg_collection": groups}
         shape = (settings["micro_batch"], settings["length"])
         tokens = torch.randint(settings["vocabulary"], shape, device="cuda")
         positions = torch.arange(shape[1], device="cuda").expand(shape).contiguous()
@@ -257,35 +321,36 @@ def idle_times(case: Case, kernels: list, stages: int, chunks: int) -> dict:
     }
 
 
-def bandwidth(settings: dict) -> float:
-    """GB/s from rank 0 to rank 1, in messages of one boundary."""
-    tokens = settings["length"] * settings["micro_batch"]
-    shape = (tokens, settings["streams"] * settings["hidden"])
+def bandwidth(tracks: Tracks, shape: tuple[int, int]) -> float:
+    """GB/s from stage 0 to stage 1, in messages of one boundary."""
     message = torch.zeros(shape, dtype=DTYPE, device="cuda")
-    count = 10
+    count = 5
     for _connected in (False, True):
         torch.cuda.synchronize()
         dist.barrier()
         begin = time.perf_counter()
         for _ in range(count):
             if dist.get_rank() == 0:
-                dist.isend(message, 1).wait()
+                tracks.send("tensor_send_next", message).wait()
             else:
-                dist.irecv(message, 0).wait()
+                tracks.receive("recv_prev", message).wait()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     return count * message.nbytes / seconds / 1e9
 
 
-def run_case(settings: dict, link: str, mode: str, stages: int, chunks: int) -> tuple[dict, list]:
-    case = Case(settings, mode, stages, chunks)
+def run_case(settings: dict, name: str, division: Division) -> tuple[dict, list]:
+    begin = time.perf_counter()
+    case = Case(settings, name, division)
     torch.cuda.reset_peak_memory_stats()
     times, loss = time_steps(case)
     result = {
-        "link": link,
-        "mode": mode,
-        "stages": stages,
-        "chunks": chunks,
+        "link": settings["link"],
+        "p2p_channels": settings["p2p_channels"],
+        "mode": name,
+        "stages": division.stages,
+        "chunks": division.chunks,
+        "link_gb_s": case.link_gb_s,
         "steps_ms": times,
         "step_ms": statistics.median(times),
         "loss": next((value for value in gathered(loss) if value is not None), None),
@@ -294,9 +359,9 @@ def run_case(settings: dict, link: str, mode: str, stages: int, chunks: int) -> 
     kernels = []
     if GPU and settings["profile"]:
         kernels = [kernel for rank in gathered(profile_step(case)) for kernel in rank]
-        result |= idle_times(case, kernels, stages, chunks)
+        result |= idle_times(case, kernels, division.stages, division.chunks)
     case.close()
-    return result, kernels
+    return {**result, "seconds": time.perf_counter() - begin}, kernels
 
 
 def main(settings: dict, folder: Path) -> None:
@@ -306,21 +371,25 @@ def main(settings: dict, folder: Path) -> None:
         sys.exit("the benchmark ended before this rank's turn")
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if GPU else "gloo")
-    first = dist.get_rank() == 0
-    link = settings["link"]
-    speed = bandwidth(settings)
-    for mode, stages, chunks in settings["cases"]:
-        result, kernels = run_case(settings, link, mode, stages, chunks)
-        if first:
-            line = json.dumps({**result, "link_gb_s": speed})
-            with open(folder / "pipeline.jsonl", "a") as results:
-                results.write(line + "\n")
-            print(f"{link} {mode} {stages} x {chunks}: {result['step_ms']:.1f} ms", flush=True)
-            if f"{mode} {chunks}" in settings["traced"] and kernels:
-                name = f"trace-{link}-{mode}-{chunks}.json"
-                kept = [[k.name, k.rank, k.lane, k.start, k.duration] for k in kernels]
-                (folder / name).write_text(json.dumps(kept))
+    division = None
+    for name, stages, chunks in settings["cases"]:
+        if division is None or (division.stages, division.chunks) != (stages, chunks):
+            division = Division(settings, stages, chunks)
+        result, kernels = run_case(settings, name, division)
+        if dist.get_rank() == 0:
+            write(folder, result, kernels if settings["trace"] and stages > 1 else [])
     dist.destroy_process_group()
+
+
+def write(folder: Path, result: dict, kernels: list) -> None:
+    """One case's line and, with ``kernels``, its trace."""
+    with open(folder / "pipeline.jsonl", "a") as results:
+        results.write(json.dumps(result) + "\n")
+    case = "{link}-{mode}-{chunks}".format(**result)
+    print(f"{case}: {result['step_ms']:.1f} ms, ran {result['seconds']:.1f} s", flush=True)
+    if kernels:
+        kept = [[k.name, k.rank, k.lane, k.start, k.duration] for k in kernels]
+        (folder / f"trace-{case}.json").write_text(json.dumps(kept))
 
 
 if __name__ == "__main__":

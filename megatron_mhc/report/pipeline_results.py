@@ -7,6 +7,7 @@ COLUMNS = (
     "GB/s",
     "stages x chunks",
     "case",
+    "channels",
     "ms / step",
     "over plain",
     "pipeline cost",
@@ -16,7 +17,10 @@ COLUMNS = (
     "on paper",
     "peak GiB",
 )
-"""compute, bubble and exposed are of the slower rank; exposed is idle time beyond the bubble."""
+"""compute, bubble and exposed are of the slower rank; exposed is idle time beyond the bubble.
+
+channels is NCCL_MAX_P2P_NCHANNELS; the case post@N limits its own communicators to N.
+"""
 
 
 def _find(results: list[dict], **wanted) -> dict | None:
@@ -33,10 +37,11 @@ def overhead(result: dict, results: list[dict]) -> float | None:
 
 def pipeline_cost(result: dict, results: list[dict]) -> float | None:
     """What mHC costs in stages beyond what it costs on one GPU, in parts of the plain step."""
-    single = _find(results, mode="none", stages=1)
+    recompute = "+recompute" if "+recompute" in result["mode"] else ""
+    single = _find(results, mode=f"none{recompute}", stages=1)
     alone = overhead(single, results) if single else None
     staged = overhead(result, results)
-    if result["mode"].startswith("plain") or None in (alone, staged):
+    if result["mode"].startswith("plain") or result["stages"] == 1 or None in (alone, staged):
         return None
     return staged - alone
 
@@ -70,9 +75,10 @@ def rows(results: list[dict], settings: dict) -> list[list[str]]:
     return [
         [
             result["link"],
-            f"{result['link_gb_s']:.1f}",
+            "-" if result["link_gb_s"] is None else f"{result['link_gb_s']:.1f}",
             f"{result['stages']} x {result['chunks']}",
             result["mode"],
+            str(result["p2p_channels"] or "-"),
             f"{result['step_ms']:.1f}",
             percent(overhead(result, results)),
             percent(pipeline_cost(result, results)),

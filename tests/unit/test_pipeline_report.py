@@ -116,7 +116,7 @@ SETTINGS = {"micro_batches": 8, "hidden": 4096, "streams": 4, "length": 4096, "m
 
 
 def result(mode: str, stages: int, step_ms: float, **more) -> dict:
-    where = {"link": "nvlink", "link_gb_s": 50.0, "chunks": stages}
+    where = {"link": "nvlink", "link_gb_s": 50.0, "chunks": stages, "p2p_channels": None}
     return {**where, "mode": mode, "stages": stages, "step_ms": step_ms, "peak_gib": [2], **more}
 
 
@@ -136,15 +136,25 @@ def test_pipeline_cost_is_what_one_gpu_does_not_pay():
     assert pipeline_cost(RESULTS[4], RESULTS) == pytest.approx(0.006)
     assert pipeline_cost(RESULTS[3], RESULTS) == pytest.approx(0.04)
     assert pipeline_cost(RESULTS[2], RESULTS) is None
+    assert pipeline_cost(RESULTS[1], RESULTS) is None, "one GPU is no pipeline"
     assert on_paper(RESULTS[4], SETTINGS) == pytest.approx(CLUSTER.exposed_ms("post"))
     assert on_paper(RESULTS[3], SETTINGS) is None, "its compute was not measured"
+
+
+def test_recomputation_is_compared_with_recomputation_on_one_gpu():
+    recomputed = [
+        *RESULTS,
+        result("none+recompute", 1, 1100.0),
+        result("post+recompute", 2, 560.0),
+    ]
+    assert pipeline_cost(recomputed[-1], recomputed) == pytest.approx(0.02)
 
 
 def test_the_table_has_a_row_for_every_result():
     lines = markdown(RESULTS, SETTINGS).splitlines()
     assert len(lines) == 2 + len(RESULTS)
     assert all(line.count(" | ") == len(COLUMNS) - 1 for line in lines)
-    assert rows(RESULTS, SETTINGS)[4][4:8] == ["523.0", "+4.60 %", "+0.60 %", "864.0"]
+    assert rows(RESULTS, SETTINGS)[4][4:9] == ["-", "523.0", "+4.60 %", "+0.60 %", "864.0"]
 
 
 def run_tool(*flags: object) -> subprocess.CompletedProcess:
@@ -170,6 +180,13 @@ def test_a_folder_is_asked_for():
     assert "error: --out: a folder for the results is needed, or --estimate" in done.stderr
 
 
+@pytest.mark.parametrize("case", ["posts", "plain@2", "post@", "post@few"])
+def test_a_case_that_is_none_is_refused(case):
+    done = run_tool("--cases", case)
+    assert done.returncode == 2
+    assert f"{case} is none of plain, none, post" in done.stderr
+
+
 def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
     """Its numbers mean nothing on a CPU; that every way to send gives one loss does."""
     sizes = [
@@ -187,19 +204,19 @@ def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
         "1",
     ]
     few = ["--micro-batches", "4", "--steps", "1", "--chunks", "2", "--links", "nvlink"]
+    cases = ["plain", "none", "post", "late", "shared", "sends", "plain-free"]
+    cases += ["none+recompute", "post+recompute", "post@2"]
+    few += ["--cases", *cases, "--nccl-p2p-channels", "4"]
     done = run_tool("--out", tmp_path, *sizes, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in (tmp_path / "pipeline.jsonl").read_text().splitlines()]
     assert [(r["mode"], r["stages"]) for r in results] == [
         ("plain", 1),
         ("none", 1),
-        ("plain", 2),
-        ("none", 2),
-        ("post", 2),
-        ("late", 2),
-        ("sends", 2),
-        ("plain-free", 2),
+        ("none+recompute", 1),
+        *((case, 2) for case in cases),
     ]
+    assert {r["p2p_channels"] for r in results} == {4}
     assert (tmp_path / "pipeline.md").read_text().count("\n") == 2 + len(results)
     staged = [r for r in results if r["stages"] == 2]
     assert len({r["loss"] for r in staged if not r["mode"].startswith("plain")}) == 1
