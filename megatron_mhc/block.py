@@ -61,12 +61,14 @@ class MHCTransformerBlock(TransformerBlock):
         (state,) = inputs
         if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
-        self._note(state)
-        return self.hyper_head(state)
+        return self._note(state, self.hyper_head(state))
 
-    def _note(self, state: StreamState) -> None:
+    def _note(self, state: StreamState, output: Tensor) -> Tensor:
+        """``output``, formed of ``state``; from its gradient on, nothing is replayed ahead."""
         if state.discarded is not None:
-            self.boundary.replays.begin(self.vp_stage or 0, InFlight(state.discarded))
+            passed = InFlight(state.discarded)
+            self.boundary.replays.begin(self.vp_stage or 0, passed, output)
+        return output
 
     def replay_ahead(self, stream: torch.cuda.Stream | None = None) -> bool:
         """Replay what the next backward pass needs first: the last block of its stage.
@@ -101,6 +103,5 @@ class MHCTransformerBlock(TransformerBlock):
         if self.final_layernorm is None:
             if not isinstance(output, StreamState):  # a stage without layers
                 output = StreamState.from_flat(output, self.mhc.num_streams)
-            self._note(output)
-            output = self.boundary.form(output, self.mhc.backend)
+            output = self._note(output, self.boundary.form(output, self.mhc.backend))
         return output

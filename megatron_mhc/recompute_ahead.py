@@ -24,11 +24,6 @@ class InFlight:
             self._made = torch.cuda.current_stream().record_event()
 
     @property
-    def over(self) -> bool:
-        """Whether its backward pass has read the last block, or nobody can ask for it any more."""
-        return self._last() is None
-
-    @property
     def waiting(self) -> bool:
         """Whether there is anything left to replay."""
         last = self._last()

@@ -46,8 +46,10 @@ from megatron_mhc.report.timeline import draw_timelines  # noqa: E402
 from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
-RECOMPUTED = ("none+recompute", "post+recompute")
-CASES = ("plain", "none", "post", "late", "shared", "sends", "plain-free", *RECOMPUTED)
+CASES = (
+    *("plain", "none", "post", "late", "shared", "sends", "plain-free"),
+    *("none+recompute", "post+recompute"),
+)
 MEGATRONS = ("plain", "none", "none+recompute", "shared")
 """Cases that run over Megatron's communicators."""
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
@@ -86,8 +88,9 @@ def settings_of(args, link: str) -> dict:
     """What a worker is told; the cases in the order in which they matter."""
     single = []
     if link == args.links[0] and not args.no_single:
-        recomputed = ["none+recompute"] if set(RECOMPUTED) & set(args.cases) else []
-        single = [(case, 1, 1) for case in ("plain", "none", *recomputed)]
+        recomputed = any("+recompute" in case for case in args.cases)
+        alone = ("plain", "none", "none+recompute") if recomputed else ("plain", "none")
+        single = [(case, 1, 1) for case in alone]
     staged = [(case, RANKS, chunks) for chunks in args.chunks for case in args.cases]
     return {
         "link": link,
@@ -228,9 +231,9 @@ def case_name(text: str) -> str:
     """
     base, _, ctas = text.partition("@")
     limited = ctas.isdecimal() and base not in MEGATRONS
-    if base not in CASES or "@" in text and not limited:
+    if base not in CASES or ("@" in text and not limited):
         raise argparse.ArgumentTypeError(
-            f"{text} is none of {', '.join(CASES)}, nor BASE@N, with BASE not {', '.join(MEGATRONS)}"
+            f"{text} is none of {', '.join(CASES)}; all but {', '.join(MEGATRONS)} take @N"
         )
     return text
 

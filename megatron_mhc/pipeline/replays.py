@@ -5,11 +5,38 @@ runs while the gradient is on its way. Never more than one at a time: what it fo
 backward pass has read it.
 """
 
+import weakref
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from megatron_mhc.recompute_ahead import InFlight
+
+
+class _Backward:
+    """A hook of autograd: notes that the backward pass has begun. It goes with the graph."""
+
+    begun = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.begun = True
+
+
+class _Noted:
+    """A forward pass, and whether its backward pass is still to come."""
+
+    def __init__(self, passed: InFlight, output: Tensor) -> None:
+        self.passed = passed
+        backward = _Backward()
+        output.register_hook(backward)
+        self._backward = weakref.ref(backward)
+
+    @property
+    def over(self) -> bool:
+        """Whether its backward pass has begun, or nobody can ask for that any more."""
+        backward = self._backward()
+        return backward is None or backward.begun
 
 
 class Replays:
@@ -22,13 +49,13 @@ class Replays:
     def __init__(self) -> None:
         self.group = 1
         """Micro-batches that run one chunk in a row: microbatch_group_size_per_vp_stage."""
-        self._passes: dict[int, list[InFlight]] = defaultdict(list)
+        self._passes: dict[int, list[_Noted]] = defaultdict(list)
 
-    def begin(self, chunk: int, passed: InFlight) -> None:
-        """Note a forward pass that has just ended on the current stream."""
+    def begin(self, chunk: int, passed: InFlight, output: Tensor) -> None:
+        """Note a forward pass that has just ended on the current stream, and gave ``output``."""
         if all(earlier.over for passes in self._passes.values() for earlier in passes):
             self._passes.clear()  # a new step
-        self._passes[chunk].append(passed)
+        self._passes[chunk].append(_Noted(passed, output))
 
     def next(self) -> InFlight | None:
         """The pass whose backward comes next; None if there is none, or it has not run yet."""
@@ -38,14 +65,14 @@ class Replays:
         # The first chunk is ahead of the others: a group that has begun its backward passes has
         # ended its forward passes there, so that the last one's true size is known.
         started = len(self._passes[chunks[0]])
-        done = sum(passed.over for passes in self._passes.values() for passed in passes)
+        done = sum(noted.over for passes in self._passes.values() for noted in passes)
         first = 0
         while first < started:
             size = min(self.group, started - first)
             if done < size * len(chunks):
                 passes = self._passes[chunks[-1 - done // size]]
                 place = first + done % size
-                return passes[place] if place < len(passes) else None
+                return passes[place].passed if place < len(passes) else None
             done -= size * len(chunks)
             first += size
         return None

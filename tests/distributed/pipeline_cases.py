@@ -70,6 +70,8 @@ PIPELINES = (
     Pipeline(pp=4, tp=2, micro_batches=5, tied=True),
     Pipeline(pp=2, micro_batches=3, recompute=True),
     Pipeline(pp=2, vpp=2, replay=True),
+    Pipeline(pp=2, vpp=2, micro_batches=5, group=3, ahead=False, replay=True),
+    Pipeline(pp=4, vpp=2, layers=8, micro_batches=9, group=5, replay=True),
     Pipeline(pp=4, vpp=3, overlap="none", replay=True),
     Pipeline(pp=2, tp=2, micro_batches=3, sequence_parallel=True, replay=True),
     Pipeline(pp=2, vpp=2, overlap="none", ahead=False),

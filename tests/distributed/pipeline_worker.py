@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from layout_model import forward_step  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func, schedules  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from pipeline_cases import PIPELINES, RANDOM_PIPELINES, STARTS, Pipeline, Start  # noqa: E402
@@ -41,6 +41,8 @@ from pipeline_model import (  # noqa: E402
 
 from megatron_mhc import patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, send_boundary  # noqa: E402
+from megatron_mhc.pipeline.replays import Replays  # noqa: E402
+from megatron_mhc.recompute_ahead import InFlight  # noqa: E402
 
 
 def losses_of(pipeline: Pipeline, chunks, communication: dict, **mode) -> dict[int, torch.Tensor]:
@@ -56,6 +58,39 @@ def losses_of(pipeline: Pipeline, chunks, communication: dict, **mode) -> dict[i
         **mode,
     )
     return functools.reduce(dict.__or__, reports, {})
+
+
+def watch_replays() -> list[dict]:
+    """Of every backward pass to come: whether its gradient was received, and of each forward pass
+    that was replayed since the one before, whether it is that of this backward pass."""
+    log, ahead, pass_of = [], [], {}
+    begin, replay, backward = Replays.begin, InFlight.replay, schedules.backward_step
+
+    def watched_begin(self, chunk, passed, output):
+        pass_of[id(output)] = passed  # the schedule keeps the output until its backward pass
+        begin(self, chunk, passed, output)
+
+    def watched_replay(self, stream=None):
+        ahead.append(self)
+        replay(self, stream)
+
+    def watched_backward(input_tensor, output, gradient, config):
+        one_output, one_gradient = (
+            value[0] if isinstance(value, list) else value for value in (output, gradient)
+        )
+        passed = pass_of.pop(id(one_output), None)  # None where the output is the loss
+        log.append(
+            {
+                "received": one_gradient is not None,
+                "right": [replayed is passed for replayed in ahead],
+            }
+        )
+        ahead.clear()
+        return backward(input_tensor, output, gradient, config)
+
+    Replays.begin, InFlight.replay = watched_begin, watched_replay
+    schedules.backward_step = watched_backward
+    return log
 
 
 def run_pipeline(pipeline: Pipeline) -> dict:
@@ -76,6 +111,7 @@ def run_pipeline(pipeline: Pipeline) -> dict:
         evaluated = losses_of(pipeline, chunks, communication, forward_only=True)
     for chunk in chunks:
         chunk.zero_grad_buffer()
+    replays = watch_replays()
     losses = losses_of(pipeline, chunks, communication)
     if pipeline.pp > 1:
         communication["p2p_communicator"].drain()
@@ -87,6 +123,7 @@ def run_pipeline(pipeline: Pipeline) -> dict:
     return {
         "evaluated": evaluated,
         "losses": losses,
+        "replays": replays,
         "values": {name: p.main_grad.clone() for name, p in named.items()},
         "sharding": {
             name: (p.partition_dim, p.partition_stride)

@@ -80,6 +80,21 @@ def test_ten_random_layouts_too(results):
         assert_equals_single_process(results, pipeline)
 
 
+REPLAYED = [p for p in PIPELINES if p.replay and p.overlap == "post"]
+
+
+@pytest.mark.parametrize("pipeline", REPLAYED, ids=lambda pipeline: pipeline.name)
+def test_what_a_gradient_needs_is_replayed_before_it_is_there(results, pipeline):
+    """Once for every gradient that is received, for its own backward pass, one at a time."""
+    passes = pipeline.vpp * pipeline.micro_batches
+    for index, rank in enumerate(load_ranks(results, pipeline.name, pipeline.world)):
+        assert len(rank["replays"]) == passes
+        received = [replay for replay in rank["replays"] if replay["received"]]
+        last = index >= pipeline.world - pipeline.tp
+        assert len(received) == passes - last * pipeline.micro_batches
+        assert all(replay["right"] == [True] for replay in received)
+
+
 def test_every_parameter_has_a_gradient(results):
     """Else the comparisons above compare nothing."""
     for pipeline in {pipeline.single for pipeline in PIPELINES}:
