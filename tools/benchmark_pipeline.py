@@ -7,9 +7,10 @@
 A step is the forward and backward passes of a global batch, without the optimizer. Cases:
 
     plain        without mHC, as Megatron 0.19.2 runs it
-    plain-free   without mHC, sends not waited for
+    plain-kept   without mHC, outputs not freed: a send is not waited for when it is issued
+    plain-free   without mHC, sent and received as overlap post does
     none         mHC, --mhc-pipeline-overlap none
-    sends        mHC, sends not waited for, merges on the main stream
+    sends        mHC, sent and received as overlap post does, merges on the main stream
     post         mHC, --mhc-pipeline-overlap post
     late         the same, without receiving ahead in warm-up and cool-down
     shared       overlap post over Megatron's communicators
@@ -47,10 +48,10 @@ from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
 CASES = (
-    *("plain", "none", "post", "late", "shared", "sends", "plain-free"),
+    *("plain", "none", "post", "late", "shared", "sends", "plain-kept", "plain-free"),
     *("none+recompute", "post+recompute"),
 )
-MEGATRONS = ("plain", "none", "none+recompute", "shared")
+MEGATRONS = ("plain", "plain-kept", "none", "none+recompute", "shared")
 """Cases that run over Megatron's communicators."""
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
 """Name of a link to the environment that makes NCCL use it."""

@@ -99,7 +99,7 @@ class Mode:
     @property
     def waits(self) -> bool:
         """Whether sends are waited for, as Megatron does."""
-        return self.base in ("plain", "none")
+        return self.base in ("plain", "plain-kept", "none")
 
     def boundary(self):
         """Where sends are issued from; None: Megatron's own way."""
@@ -132,7 +132,7 @@ def transformer_config(settings: dict, mode: Mode, stages: int, chunks: int) -> 
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         # As megatron.training sets them, and as overlap post does.
-        deallocate_pipeline_outputs=True,
+        deallocate_pipeline_outputs=mode.base != "plain-kept",
         overlap_p2p_comm=overlap_p2p,
         batch_p2p_comm=not overlap_p2p and mode.waits,
         overlap_p2p_comm_warmup_flush=overlap_p2p and not mode.waits and mode.base != "late",
@@ -224,7 +224,7 @@ class Case:
         self.link_gb_s = None
         if division.stages > 1:
             tracks, self.link_gb_s = division.tracks(mode)
-            if mode.base != "plain":
+            if mode.base not in ("plain", "plain-kept"):
                 streams = mhc.num_streams if mhc else 1
                 communicator = PipelineCommunicator(
                     division.group, self.config, streams, boundary, tracks if boundary else None

@@ -27,7 +27,8 @@ class Tracks:
     Args:
         pp_group: the stages.
         wraps: whether the last stage sends to the first, as it does with chunks.
-        ctas: SMs that one NCCL transfer may take; None leaves it to NCCL.
+        ctas: SMs that one NCCL transfer may take; None: as Megatron's configuration of NCCL says
+            for "pp", or as NCCL chooses.
     """
 
     def __init__(self, pp_group: ProcessGroup, wraps: bool, ctas: int | None = None) -> None:
@@ -47,22 +48,27 @@ class Tracks:
             for kind in ("activation", "gradient"):
                 for parity in (0, 1):
                     group = torch.distributed.new_group(
-                        ranks, pg_options=self._options(), group_desc=f"MHC_{kind.upper()}_{parity}"
+                        ranks, group_desc=f"MHC_{kind.upper()}_{parity}", **self._settings()
                     )
                     if ranks == tuple(mine):
                         groups[kind, parity] = group
         return groups
 
-    def _options(self):
-        """NCCL's settings; None where transfers are not NCCL's."""
-        if torch.distributed.get_backend(self.pp_group) != "nccl":
-            return None
+    def _settings(self) -> dict:
+        """A process group's backend, timeout and options: the pipeline's, but for priority."""
+        backend = torch.distributed.get_backend(self.pp_group)
+        if backend != "nccl":
+            return {"backend": backend}
+        device = torch.device(torch.cuda.current_device())
+        pipeline = self.pp_group._get_backend(device).options
         # A transfer must not wait until a matrix product that came first has left the SMs.
         options = torch.distributed.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        options._timeout = pipeline._timeout
+        options.config = pipeline.config  # --nccl-communicator-config-path
         if self.ctas is not None:
             options.config.min_ctas = 1
             options.config.max_ctas = self.ctas
-        return options
+        return {"backend": backend, "timeout": pipeline._timeout, "pg_options": options}
 
     def _connect(self, wraps: bool) -> None:
         """Send one element over every track.
