@@ -1,6 +1,6 @@
 """One rank of test_pipeline.py: trains a small model in several divisions on two GPUs.
 
-    RANK=0 WORLD_SIZE=2 ... python pipeline_job.py OUTPUT_FILE
+    RANK=0 WORLD_SIZE=2 ... python pipeline_job.py OUTPUT_FILE SCALE
 
 Every run is written to the output file as it ends, so that a job cut short keeps what it has.
 """
@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,12 @@ class Disturbed(PriorityStream):
         with torch.cuda.stream(self._completions):
             self._delay()
         return super().completion(handle)
+
+    def replay_ahead(self):
+        with torch.cuda.stream(self.stream):
+            self._delay()
+        super().replay_ahead()
+        self._disturb_all()
 
 
 class Lagging(Disturbed):
@@ -248,16 +255,19 @@ def main(output: Path, scale: float) -> None:
         "single": (whole, "none", short),
         "chunks": (chunks, "post", long),
         "chunks disturbed": (chunks, "disturbed", long),
-        "stages": (stages, "post", long),
-        "stages disturbed": (stages, "disturbed", long),
-        "single recomputed": (replace(whole, recompute=True), "none", short),
+        "chunks replayed": (replace(chunks, replay=True), "disturbed", short),
         "unordered merge": (chunks, "unordered merge", few),
         "unordered gradient": (chunks, "unordered gradient", few),
         "forgotten send": (chunks, "forgotten send", few),
+        "single recomputed": (replace(whole, recompute=True), "none", short),
+        "stages": (stages, "post", long),
+        "stages disturbed": (stages, "disturbed", long),
         "chunks none": (chunks, "none", short),
     }
     for name, run in runs.items():
+        begin = time.perf_counter()
         losses = train(*run)
+        print(f"{name}: {len(losses)} steps in {time.perf_counter() - begin:.1f} s", flush=True)
         if dist.get_rank() == 0:
             with open(output, "a") as file:
                 file.write(json.dumps({"run": name, "losses": losses}) + "\n")

@@ -1,4 +1,7 @@
-"""Two GPUs: stages train as one GPU does, and no delay of a stream changes a bit of a loss."""
+"""Two GPUs: stages train as one GPU does, and no delay of a stream changes a bit of a loss.
+
+With the variable OUT, a run that is cut off leaves losses.jsonl and the ranks' logs in that folder.
+"""
 
 import json
 import math
@@ -60,8 +63,9 @@ def start_rank(rank: int, port: int, output: Path, log: Path) -> subprocess.Pope
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory) -> Job:
     """The job's runs; a rank that fails, or that takes too long, ends it."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    output, logs = folder / "losses.jsonl", [folder / f"{rank}.log" for rank in range(RANKS)]
+    folder = Path(os.environ.get("OUT") or tmp_path_factory.mktemp("pipeline"))
+    output, logs = folder / "losses.jsonl", [folder / f"losses.{rank}.log" for rank in range(RANKS)]
+    output.unlink(missing_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,6 +115,11 @@ def test_delays_and_poisoned_memory_change_no_bit(losses, division):
     calm, disturbed = losses[division], losses[f"{division} disturbed"]
     assert len(calm) == len(disturbed) == 200
     assert disturbed == calm
+
+
+def test_replays_ahead_change_no_bit(losses):
+    """Under delays too: they run on the priority stream, while gradients are on their way."""
+    assert losses["chunks replayed"] == losses["chunks"][: len(losses["chunks replayed"])]
 
 
 def test_overlap_post_computes_what_overlap_none_computes(losses):

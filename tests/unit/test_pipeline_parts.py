@@ -1,6 +1,7 @@
 """The parts of the pipeline that need no second process."""
 
 import copy
+import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ def parts() -> SimpleNamespace:
     """The pipeline's names: Megatron can be imported only after environment.prepare()."""
     environment.prepare()
     from megatron_mhc.pipeline import ProgramOrder, boundary, outbox, slots
+    from megatron_mhc.pipeline.tracks import Tracks
     from megatron_mhc.startup import _pipeline_line
 
     return SimpleNamespace(
@@ -23,6 +25,7 @@ def parts() -> SimpleNamespace:
         IN_FLIGHT=outbox.IN_FLIGHT,
         Outbox=outbox.Outbox,
         ProgramOrder=ProgramOrder,
+        Tracks=Tracks,
         make_communicator=slots.make_communicator,
         pipeline_line=_pipeline_line,
         send_boundary=boundary.send_boundary,
@@ -86,6 +89,24 @@ def test_without_a_gpu_the_boundary_has_no_streams(parts, no_gpu):
     assert output._base is None, "Megatron refuses to free a view"
     output.sum().backward()
     assert torch.equal(streams.grad, torch.ones_like(streams))
+
+
+@pytest.mark.parametrize(("ctas", "expected"), [(None, 8), (2, 2)])
+def test_tracks_take_the_pipelines_settings_of_nccl(parts, monkeypatch, ctas, expected):
+    nccl = torch.distributed.ProcessGroupNCCL.Options()
+    nccl.config.max_ctas = 8
+    nccl._timeout = datetime.timedelta(minutes=33)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cuda:0")
+    tracks = parts.Tracks.__new__(parts.Tracks)  # its groups need ranks
+    tracks.ctas = ctas
+    tracks.pp_group = SimpleNamespace(_get_backend=lambda device: SimpleNamespace(options=nccl))
+    settings = tracks._settings()
+    assert settings["backend"] == "nccl"
+    assert settings["timeout"] == datetime.timedelta(minutes=33)
+    assert settings["pg_options"].is_high_priority_stream
+    assert settings["pg_options"].config.max_ctas == expected
+    assert nccl.config.max_ctas == 8, "Megatron's own group keeps its settings"
 
 
 def config(stages: int = 2, chunks: int | None = None) -> SimpleNamespace:

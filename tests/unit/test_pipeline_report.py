@@ -1,5 +1,7 @@
 """The paper model, the trace's lanes and the tables of tools/benchmark_pipeline.py."""
 
+import gzip
+import importlib.util
 import json
 import os
 import subprocess
@@ -110,6 +112,22 @@ def test_the_timeline_is_drawn(tmp_path):
     kernels = read_kernels(TRACE, 0) + read_kernels(TRACE, 1)
     draw_timelines({"none 2": kernels, "post 2": kernels}, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_workers_kernels_become_traces_and_a_picture(tmp_path):
+    spec = importlib.util.spec_from_file_location("benchmark_pipeline", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    kernels = read_kernels(TRACE, 0) + read_kernels(TRACE, 1)
+    kept = [[k.name, k.rank, k.lane, k.start, k.duration] for k in kernels]
+    for case in ("none", "post@4"):
+        (tmp_path / f"trace-nvlink-{case}-2.json").write_text(json.dumps(kept))
+    tool.finish_traces(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    traces = {f"trace-nvlink-{case}-2.json.gz" for case in ("none", "post@4")}
+    assert left == {*traces, "pipeline-nvlink.png"}
+    with gzip.open(tmp_path / "trace-nvlink-post@4-2.json.gz", "rt") as file:
+        assert len(json.load(file)["traceEvents"]) == len(chrome_trace(kernels)["traceEvents"])
 
 
 SETTINGS = {"micro_batches": 8, "hidden": 4096, "streams": 4, "length": 4096, "micro_batch": 2}
