@@ -26,8 +26,9 @@ from .streams_backward_kernel import streams_backward_kernel
 
 logger = logging.getLogger(__name__)
 
-# Columns and shares that one program of reduce_kernel sums at a time.
-REDUCE_BLOCK, REDUCE_SHARES = 256, 16
+# Columns and shares that one program of reduce_kernel sums at a time, and rows of the mapping's
+# shares, which two programs sum alone.
+REDUCE_BLOCK, REDUCE_SHARES, REDUCE_ROWS = 256, 16, 256
 
 
 # Gluon is an experimental part of Triton, so no other minor version is taken on trust.
@@ -299,7 +300,7 @@ def reduce(
             dfn = torch.empty_like(fn)
             fn_blocks = cdiv(fn.numel(), REDUCE_BLOCK)
     segments = 0 if mapping is None else 1 if count == n else 3
-    programs = comb_blocks + post_blocks + fn_blocks + (segments > 0)
+    programs = comb_blocks + post_blocks + fn_blocks + 2 * (segments > 0)
     if programs:
         reduce_kernel[(programs,)](
             dfns,
@@ -324,7 +325,7 @@ def reduce(
             MERGE=merge is not None,
             BLOCK_S=REDUCE_SHARES,
             BLOCK=REDUCE_BLOCK,
-            MAPPING_BLOCK=64,
+            ROWS=REDUCE_ROWS,
             num_warps=8,
             num_stages=1,
         )

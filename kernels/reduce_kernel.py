@@ -22,30 +22,31 @@ def sum_mapping(
     parts_ptr,
     dscale_ptr,
     dbase_ptr,
+    half,
     programs,
     N: tl.constexpr,
     COUNT: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """dbase [COUNT] and dscale [SEGMENTS] from parts [programs, 2, COUNT]."""
+    """dbase [COUNT] (half 0) or dscale [SEGMENTS] (half 1) from parts [programs, 2, COUNT]."""
     columns: tl.constexpr = triton.next_power_of_2(COUNT)
     column = tl.arange(0, columns)
-    part = tl.arange(0, BLOCK)
-    bases = tl.zeros((BLOCK, columns), tl.float32)
-    scales = tl.zeros((BLOCK, columns), tl.float32)
-    for first in range(0, programs, BLOCK):
-        at = (first + part)[:, None] * (2 * COUNT) + column[None, :]
+    part = tl.arange(0, ROWS)
+    totals = tl.zeros((ROWS, columns), tl.float32)
+    for first in range(0, programs, ROWS):
+        at = (2 * (first + part) + half)[:, None] * COUNT + column[None, :]
         mask = (first + part < programs)[:, None] & (column < COUNT)[None, :]
-        bases += tl.load(parts_ptr + at, mask=mask, other=0.0)
-        scales += tl.load(parts_ptr + at + COUNT, mask=mask, other=0.0)
-    tl.store(dbase_ptr + column, tl.sum(bases, 0), mask=column < COUNT)
-    scale = tl.sum(scales, 0)
-    for segment in tl.static_range(SEGMENTS):
-        low = segment * N
-        high = (segment + 1) * N if segment < 2 else COUNT
-        inside = (column >= low) & (column < high)
-        tl.store(dscale_ptr + segment, tl.sum(tl.where(inside, scale, 0.0), 0))
+        totals += tl.load(parts_ptr + at, mask=mask, other=0.0)
+    total = tl.sum(totals, 0)
+    if half == 0:
+        tl.store(dbase_ptr + column, total, mask=column < COUNT)
+    else:
+        for segment in tl.static_range(SEGMENTS):
+            low = segment * N
+            high = (segment + 1) * N if segment < 2 else COUNT
+            inside = (column >= low) & (column < high)
+            tl.store(dscale_ptr + segment, tl.sum(tl.where(inside, total, 0.0), 0))
 
 
 @triton.jit(
@@ -76,7 +77,7 @@ def reduce_kernel(
     MERGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
-    MAPPING_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """d fn of [ranges, COUNT, N * C], d post and d comb of [chunks, tokens, N] and [.., N * N], and
     d scale and d base of [programs, 2, COUNT]: each group of programs sums one of them. Without a
@@ -84,12 +85,12 @@ def reduce_kernel(
     """
     pid = tl.program_id(0)
     if SEGMENTS > 0:
-        # First, because it is one long program.
-        if pid == 0:
+        # First, because these two are long.
+        if pid < 2:
             parts = mapping_parts_ptr
-            sum_mapping(parts, dscale_ptr, dbase_ptr, programs, N, COUNT, SEGMENTS, MAPPING_BLOCK)
+            sum_mapping(parts, dscale_ptr, dbase_ptr, pid, programs, N, COUNT, SEGMENTS, ROWS)
             return
-        pid -= 1
+        pid -= 2
         if pid < fn_blocks:
             sum_parts(dfn_parts_ptr, dfn_ptr, pid, ranges, COUNT * N * C, BLOCK_S, BLOCK)
             return

@@ -21,6 +21,18 @@ BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 8
 TILE = gl.NVMMASharedLayout(128, 16, rank=2)
 STREAMS_TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 NUMBERS_TILE = gl.NVMMASharedLayout(128, 32, rank=2)
+# dz @ fn [T, N * B] in float32, bits of an element's place to (token, column). Banks are bits 0 to
+# 4: neither the matrix units' writes (8 columns of 4 tokens at a time) nor the reads that follow (4
+# columns of every second 4, of one token) collide in them.
+PRODUCTS_TILE = gl.constexpr(
+    gl.SharedLinearLayout(
+        [[0, 1], [0, 2], [0, 8], [0, 16], [0, 32], [0, 12], [1, 0], [2, 16], [4, 32]]
+        + [[8, 0], [16, 0], [0, 64], [0, 128]]
+    )
+)
+SWAP_4 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
+SWAP_2 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
+SWAP_1 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;")
 
 
 @gluon.jit
@@ -68,6 +80,39 @@ def stack(values, COUNT: gl.constexpr):
             joined = joined + (gl.join(values[k], values[k + (COUNT >> (level + 1))]),)
         values = joined
     return values[0]
+
+
+@gluon.jit
+def sum_thread(value, T: gl.constexpr, B: gl.constexpr, LAYOUT: gl.constexpr):
+    """Sums of 8 channels each, [T, B // 8]: what one thread has of value [T, B]."""
+    total = gl.sum(gl.reshape(value, (T, B // 8, 8)), 2)
+    return gl.convert_layout(total, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def fold(values, COUNT: gl.constexpr, upper, EXCHANGE: gl.constexpr):
+    """Sums of COUNT values over pairs of lanes, shared out: the lane that is not ``upper`` keeps
+    the first half of them. A third of the shuffles that full sums for every lane take.
+
+    EXCHANGE: instruction that swaps a value between the lanes of a pair.
+    """
+    HALF: gl.constexpr = (COUNT + 1) // 2
+    kept = ()
+    for k in gl.static_range(COUNT // 2):
+        mine = gl.where(upper, values[HALF + k], values[k])
+        other = gl.where(upper, values[k], values[HALF + k])
+        kept = kept + (mine + exchange(other, EXCHANGE),)
+    if COUNT % 2:  # the middle one, for both
+        kept = kept + (values[HALF - 1] + exchange(values[HALF - 1], EXCHANGE),)
+    return kept
+
+
+@gluon.jit
+def exchange(value, EXCHANGE: gl.constexpr):
+    """value, one element a thread, of the other lane of a pair."""
+    return gl.inline_asm_elementwise(
+        EXCHANGE, "=f,f", [value], dtype=gl.float32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -132,7 +177,7 @@ def sum_tiles(
         [1, N, 8], [tokens_a_warp, 1, lanes], [num_warps, 1, 1], [2, 1, 0]
     )
     row32: gl.constexpr = gl.BlockedLayout([1, 32], [tokens_a_warp, lanes], [num_warps, 1], [1, 0])
-    row_n: gl.constexpr = gl.BlockedLayout([1, N], [tokens_a_warp, lanes], [num_warps, 1], [1, 0])
+    spread: gl.constexpr = gl.BlockedLayout([1, 1], [tokens_a_warp, lanes], [num_warps, 1], [1, 0])
     token: gl.constexpr = gl.SliceLayout(1, plain)
     tf32: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, T, 8])
     bf16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, ROWS, 16])
@@ -219,11 +264,12 @@ def sum_tiles(
             stream = merged_flat.slice(o * B, B, dim=1).load(plain).to(gl.float32)
             g += scalars[N * N + 2 * N][:, None] * stream
             df += scalars[o][:, None] * g
-            dposts = dposts + (gl.sum(f * g, 1),)
+            dposts = dposts + (sum_thread(f * g, T, B, spread),)
             summed = ()
             for i in gl.static_range(N):
                 summed = summed + (dx[i] + scalars[N + i * N + o][:, None] * g,)
-                dcombs = dcombs + (gl.sum(streams[i].to(gl.float32) * g, 1),)
+                product_of = streams[i].to(gl.float32) * g
+                dcombs = dcombs + (sum_thread(product_of, T, B, spread),)
             dx = summed
         df_tile.store(df.to(gl.bfloat16))
         rounded = ()
@@ -236,19 +282,26 @@ def sum_tiles(
         tma.async_copy_shared_to_global(df_out, [t, channel], df_tile)
         tma.async_copy_shared_to_global(dx_out, [t, 0, channel], dx_tile)
 
-        rows = t + gl.arange(0, T, layout=gl.SliceLayout(1, row_n))
-        j = gl.arange(0, N, layout=gl.SliceLayout(0, row_n))[None, :]
-        valid = (rows < stop)[:, None]
-        share = (chunk.to(gl.int64) * tokens + rows)[:, None]
-        value = gl.convert_layout(gl.reshape(stack(dposts, N), (T, N)), row_n, assert_trivial=True)
-        gl.store(dpost_ptr + share * N + j, value, mask=valid)
+        # 20 sums over a token's 8 lanes: each lane ends with 3, one of them its neighbour's too.
+        shares = ()
         for i in gl.static_range(N):
-            outgoing = ()
             for o in gl.static_range(N):
-                outgoing = outgoing + (dcombs[o * N + i],)
-            value = gl.reshape(stack(outgoing, N), (T, N))
-            value = gl.convert_layout(value, row_n, assert_trivial=True)
-            gl.store(dcomb_ptr + share * (N * N) + i * N + j, value, mask=valid)
+                shares = shares + (dcombs[o * N + i],)
+        shares = shares + dposts
+        lane = gl.arange(0, lanes, layout=gl.SliceLayout(0, spread))[None, :]
+        shares = fold(shares, 20, (lane & 4) != 0, SWAP_4)
+        shares = fold(shares, 10, (lane & 2) != 0, SWAP_2)
+        shares = fold(shares, 5, (lane & 1) != 0, SWAP_1)
+        rows = t + gl.arange(0, T, layout=gl.SliceLayout(1, spread))
+        valid = (rows < stop)[:, None]
+        token_share = (chunk.to(gl.int64) * tokens + rows)[:, None]
+        first = (lane >> 2) * 10 + ((lane >> 1) & 1) * 5 + (lane & 1) * 3
+        for j in gl.static_range(3):
+            of_post = first + j - N * N
+            at_comb = dcomb_ptr + token_share * (N * N) + first + j
+            at_post = dpost_ptr + token_share * N + of_post
+            mine = valid & (((lane & 1) == 0) | (j < 2))
+            gl.store(gl.where(of_post < 0, at_comb, at_post), shares[j], mask=mine)
         product, sums = warpgroup_mma_wait(0, deps=(product, running))
 
     tma.store_wait(0)
@@ -287,9 +340,7 @@ def streams_backward_hopper_kernel(
     number_ring = gl.allocate_shared_memory(gl.float32, [3, T, 64], words)
     plane_ring = gl.allocate_shared_memory(gl.bfloat16, [3, T, 64], tile)
     weight = gl.allocate_shared_memory(gl.float32, [N * B, 32], words)
-    # Swizzled so that neither the matrix units' columns nor the rows read later collide in banks.
-    swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    products = gl.allocate_shared_memory(gl.float32, [T, N * B], swizzled)
+    products = gl.allocate_shared_memory(gl.float32, [T, N * B], PRODUCTS_TILE)
     merged_tile = gl.allocate_shared_memory(gl.bfloat16, [N, T, B], tile3)
     dx_tile = gl.allocate_shared_memory(gl.bfloat16, [T, N, B], tile3)
     df_tile = gl.allocate_shared_memory(gl.bfloat16, [T, B], tile)
