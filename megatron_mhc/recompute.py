@@ -103,6 +103,27 @@ def now(given: Sequence[Tensor]) -> tuple[torch.cuda.Stream | None, torch.cuda.E
     return stream, formed
 
 
+def discard_known(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], known: Known
+) -> tuple[list[tuple[int, object]], int]:
+    """Drop known tensors from what autograd saved of a call.
+
+    The small tensors of an autograd.Function stay: it saves what it needs, a mapping's coefficients
+    or a norm's factor. PyTorch's own operations save every step on the way.
+
+    Returns:
+        What has yet to be discarded, of all saved tensors, each with its index among them; and how
+        many there are.
+    """
+    unknown, count, large = [], 0, inputs[0].numel()
+    for tensor, saved, of_function in saved_between(outputs, inputs):
+        stays = of_function and tensor.numel() < large
+        if not known.replace(tensor, saved) and not stays:
+            unknown.append((count, saved))
+        count += 1
+    return unknown, count
+
+
 class CallAgain(Replay):
     """A function that is called again, for what it gives and for what autograd saves of it.
 
@@ -122,26 +143,25 @@ class CallAgain(Replay):
         self._function = function
         self._requires_grad = requires_grad
         self._with_graph = torch.is_grad_enabled()  # not inside an autograd.Function
-        self._given = 0
+        self._gives = 0
 
     def discard_saved(
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], known: Known
     ) -> None:
         """Drop what autograd saved of the call, known tensors for their own stand-ins.
 
-        The small tensors of an autograd.Function stay: it saves what it needs, a mapping's
-        coefficients or a norm's factor. PyTorch's own operations save every step on the way.
-
         Args:
             outputs, inputs: the tensors of the call in the forward pass.
         """
-        index, large = len(outputs), inputs[0].numel()
-        for tensor, saved, of_function in saved_between(outputs, inputs):
-            stays = of_function and tensor.numel() < large
-            if not known.replace(tensor, saved) and not stays:
-                replace_saved(saved, self.result(index), Discarded.get)
-            index += 1
-        self._given = index
+        self.discard_unknown(outputs, *discard_known(outputs, inputs, known))
+
+    def discard_unknown(
+        self, outputs: Sequence[Tensor], unknown: Sequence[tuple[int, object]], count: int
+    ) -> None:
+        """Drop what :func:`discard_known` left."""
+        for index, saved in unknown:
+            replace_saved(saved, self.result(len(outputs) + index), Discarded.get)
+        self._gives = len(outputs) + count
 
     @classmethod
     def form_all(cls, replays: Sequence[Self]) -> None:
@@ -156,10 +176,10 @@ class CallAgain(Replay):
         with torch.set_grad_enabled(self._with_graph):
             outputs = self._function(*leaves)
         tensors = [*outputs, *(tensor for tensor, _, _ in saved_between(outputs, leaves))]
-        if len(tensors) != self._given:
+        if len(tensors) != self._gives:
             raise RuntimeError(
                 f"the replay of {self._function} gave {len(tensors)} tensors, the forward pass "
-                f"{self._given}: it does not do the same thing twice"
+                f"{self._gives}: it does not do the same thing twice"
             )
         self._finish(tensors, *now(given))
         self._function = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_mhc import kernels
 
 from .discarded import Discarded, Known
-from .recompute import Mapped, Replay, call_again, now
+from .recompute import Mapped, Replay, call_again, discard_known, now
 
 
 class MappingReplay(Replay):
@@ -71,7 +71,7 @@ def run_mapping(
     known = Known()
     for tensor, stand_in in zip([*outputs, *tensors], [*mapped, None, None, None, *stand_ins]):
         known.add(tensor, stand_in)
-    # What else autograd saved is nothing with Triton's kernels. With PyTorch's it is each step of
-    # the mapping, which is called again for one sublayer at a time.
-    call_again(function, tensors, stand_ins).discard_saved(outputs, tensors, known)
+    unknown, count = discard_known(outputs, tensors, known)
+    if unknown:  # PyTorch's steps of the mapping: called again, for one sublayer at a time
+        call_again(function, tensors, stand_ins).discard_unknown(outputs, unknown, count)
     return outputs[:-1], mapped

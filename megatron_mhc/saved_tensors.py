@@ -51,7 +51,10 @@ def saved_between(
         seen.add(node)
         of_function = isinstance(node, BackwardCFunction)
         for tensor, raw in _pairs(node):
-            if tensor is None or isinstance(tensor, torch.nn.Parameter) or not tensor.dim():
+            if tensor is None or not tensor.dim():
+                continue
+            # A plain tensor is no parameter, and isinstance of one is slow.
+            if type(tensor) is not Tensor and isinstance(tensor, torch.nn.Parameter):
                 continue
             yield tensor, raw, of_function
         waiting += [following for following, _ in node.next_functions]
