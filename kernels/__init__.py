@@ -241,7 +241,8 @@ def mhc_replay(
         pres: [..., n] float32 of each sublayer, by ``return_pre`` of the forward pass.
 
     Returns:
-        x_next [..., n, C] and u [..., C], both of x's dtype, of each sublayer.
+        x_next [..., n, C] and u [..., C], both of x's dtype, of each sublayer; x_next is x itself
+        where there is no merge.
 
     Raises:
         ValueError: shapes or numbers that do not belong together.

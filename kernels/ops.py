@@ -365,4 +365,7 @@ def replay(
         for merge in merges
     ]
     formed = launch_replay(_tokens(x, 2), flat, [_tokens(pre, 1) for pre in pres])
-    return [(x_next.view(x.shape), u.view(*x.shape[:-2], x.shape[-1])) for x_next, u in formed]
+    return [
+        (x if merge is None else x_next.view(x.shape), u.view(*x.shape[:-2], x.shape[-1]))
+        for merge, (x_next, u) in zip(merges, formed)
+    ]

@@ -57,7 +57,9 @@ def test_inputs_need_not_be_contiguous():
     f, post, comb = merges[1]
     apart = [merges[0], (torch.stack([f, f], 1)[:, 0], post, comb.mT.contiguous().mT), merges[2]]
     plain = kernels.mhc_replay(x, merges, pres, backend="triton")
-    for ours, theirs in zip(kernels.mhc_replay(strided, apart, pres, backend="triton"), plain):
+    replayed = kernels.mhc_replay(strided, apart, pres, backend="triton")
+    assert replayed[0][0] is strided
+    for ours, theirs in zip(replayed, plain):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
 

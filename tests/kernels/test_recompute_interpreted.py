@@ -4,7 +4,7 @@ import interpreter  # noqa: F401  (first: it mends the interpreter)
 import pytest
 import torch
 
-from megatron_mhc import HyperConnection, MHCConfig, kernels
+from megatron_mhc import HyperConnection, MHCConfig, StreamState, kernels
 from tests.models import build_gpt, random_tokens, scramble_mappings
 
 
@@ -59,3 +59,20 @@ def test_no_mapping_is_computed_again(monkeypatch, expected):
     assert calls == ["_map"] * 4 + ["mhc_replay"]
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
+
+
+def test_streams_need_not_be_contiguous():
+    """An operator saves a copy of such streams, which no stand-in is known for."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        connection = HyperConnection(MHCConfig(backend="triton", recompute=recompute), 16)
+        scramble_mappings(connection)
+        x = torch.randn(2, 3, 4, 16).bfloat16().requires_grad_()
+        u, residual = connection(StreamState(x.transpose(0, 1)))
+        u, residual = connection(residual.add(u.tanh()))
+        (u.float().square().sum() + residual.x.float().square().sum()).backward()
+        grads.append([x.grad, *(parameter.grad for parameter in connection.parameters())])
+    for ours, theirs in zip(*grads):
+        assert theirs.any()
+        assert torch.equal(ours, theirs)
