@@ -11,8 +11,8 @@ from .merge_aggregate_kernel import merge_aggregate_kernel
 Merge = tuple[Tensor, Tensor, Tensor]
 """f, post and comb."""
 
-# Sublayers of one launch: 7 units each, where eight would move 6.5. Every number of them is a kernel
-# to compile.
+# Sublayers of one launch: they move 7 units each, eight would move 6.5. Each number of them is a
+# kernel to compile.
 SUBLAYERS = 4
 
 
