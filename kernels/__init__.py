@@ -1,10 +1,13 @@
 """mHC operators on residual streams x [..., n, C]; the equations are in :mod:`.reference`.
 
-Every function is differentiable in every tensor argument and takes
+Every function but :func:`mhc_replay` is differentiable in every tensor argument; all take
 ``backend="auto" | "triton" | "torch"`` (:mod:`.dispatch`). This package needs torch, and triton
 where the Triton kernels serve.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from . import reference
@@ -14,6 +17,7 @@ from .validation import (
     check_eps,
     check_merge,
     check_parameters,
+    check_replay,
     check_sinkhorn,
     check_streams,
     head_shapes,
@@ -33,6 +37,7 @@ __all__ = [
     "mhc_post_head",
     "mhc_post_pre",
     "mhc_pre",
+    "mhc_replay",
     "sinkhorn",
 ]
 
@@ -119,27 +124,32 @@ def mhc_pre(
     iterations: int = 20,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    return_pre: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What a sublayer reads: u = sum_i pre[i] X[i] (eq. 3), with post and comb for its merge.
 
     Args:
         x: [..., n, C] streams. fn, scale, base: float32 (:func:`mapping_shapes`).
+        return_pre: also give pre, which :func:`mhc_replay` takes.
 
     Returns:
-        u [..., C] of x's dtype, post [..., n] float32, comb [..., n, n] float32, index (in, out).
+        u [..., C] of x's dtype, post [..., n] float32, comb [..., n, n] float32, index (in, out);
+        with ``return_pre`` then pre [..., n] float32, without a gradient.
 
     Raises:
         ValueError: as :func:`mhc_mappings`.
     """
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
     if _choose(backend, (x, fn, scale, base), residual_mixing) == "triton":
-        return _triton().pre(x, fn, scale, base, iterations, eps, norm_eps)
+        *outputs, pre = _triton().pre(x, fn, scale, base, iterations, eps, norm_eps)
+        return (*outputs, pre) if return_pre else tuple(outputs)
     return reference.mhc_pre(
         x,
         fn,
         scale,
         base,
+        return_pre=return_pre,
         residual_mixing=residual_mixing,
         iterations=iterations,
         eps=eps,
@@ -175,12 +185,14 @@ def mhc_post_pre(
     iterations: int = 20,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    return_pre: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """:func:`mhc_post` of one sublayer and :func:`mhc_pre` of the next.
 
     Returns:
-        x_next [..., n, C], u [..., C] (both x's dtype), post_next and comb_next (float32).
+        x_next [..., n, C], u [..., C] (both x's dtype), post_next and comb_next (float32); with
+        ``return_pre`` then the next sublayer's pre, as :func:`mhc_pre`.
 
     Raises:
         ValueError: as the two functions.
@@ -189,7 +201,8 @@ def mhc_post_pre(
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
     if _choose(backend, tensors, residual_mixing) == "triton":
-        return _triton().post_pre(*tensors, iterations, eps, norm_eps)
+        *outputs, pre = _triton().post_pre(*tensors, iterations, eps, norm_eps)
+        return (*outputs, pre) if return_pre else tuple(outputs)
     return reference.mhc_post_pre(
         x,
         f,
@@ -198,11 +211,47 @@ def mhc_post_pre(
         fn,
         scale,
         base,
+        return_pre=return_pre,
         residual_mixing=residual_mixing,
         iterations=iterations,
         eps=eps,
         norm_eps=norm_eps,
     )
+
+
+@torch.no_grad()
+def mhc_replay(
+    x: Tensor,
+    merges: Sequence[tuple[Tensor, Tensor, Tensor] | None],
+    pres: Sequence[Tensor],
+    *,
+    backend: str = "auto",
+) -> list[tuple[Tensor, Tensor]]:
+    """Streams and inputs of consecutive sublayers again, from the mappings of the forward pass.
+
+    For every sublayer k: X[o] = post_k[o] f_k + sum_i comb_k[i, o] X[i], then
+    u_k = sum_i pre_k[i] X[i] (eq. 3). Neither products nor Sinkhorn are made again. The bits are
+    those that :func:`mhc_pre` and :func:`mhc_post_pre` gave with the same backend. There is no
+    gradient: this is for the backward pass.
+
+    Args:
+        x: [..., n, C], the streams before the first merge.
+        merges: f [..., C], post [..., n] and comb [..., n, n] (both float32) of the merge before
+            each sublayer. The first may be None: the sublayer reads x as it is.
+        pres: [..., n] float32 of each sublayer, by ``return_pre`` of the forward pass.
+
+    Returns:
+        x_next [..., n, C] and u [..., C], both of x's dtype, of each sublayer; x_next is x itself
+        where there is no merge.
+
+    Raises:
+        ValueError: shapes or numbers that do not belong together.
+    """
+    check_replay(x, merges, pres)
+    tensors = (x, *pres, *(tensor for merge in merges if merge is not None for tensor in merge))
+    if _choose(backend, tensors) == "triton":
+        return _triton().replay(x, merges, pres)
+    return reference.mhc_replay(x, merges, pres)
 
 
 def mhc_head(

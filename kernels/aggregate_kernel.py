@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .accumulate import accumulate
 from .sinkhorn_kernel import sinkhorn_forward
 
 
@@ -23,6 +24,7 @@ def aggregate_kernel(
     scale_ptr,
     base_ptr,
     u_ptr,
+    pre_ptr,
     m_ptr,
     r_ptr,
     post_ptr,
@@ -41,7 +43,8 @@ def aggregate_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """u [T, C] of x [T, N, C]; m [T, count], r [T] for the backward; post and comb unless HEAD.
+    """u [T, C] and pre [T, N] of x [T, N, C]; m [T, count], r [T] for the backward; post and comb
+    unless HEAD.
 
     The first ``map_programs`` programs compute the mappings of BLOCK_M tokens each, so that
     Sinkhorn's latency hides behind the others, which stream BLOCK_T tokens of X each.
@@ -90,13 +93,14 @@ def aggregate_kernel(
     for j in tl.static_range(N):
         m = r * sum_splits(products_ptr, rows * ROWS + j, tokens, splits, ROWS)
         pre = pre + (tl.sigmoid(m * scale + tl.load(base_ptr + j)) + eps,)
+        tl.store(pre_ptr + rows * N + j, pre[j], mask=valid)
     for c in range(0, C, BLOCK_C):
         channel = c + tl.arange(0, BLOCK_C)
         inside = channel < C if C % BLOCK_C else tl.full((BLOCK_C,), True, tl.int1)
         u = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
         for j in tl.static_range(N):
             at = rows[:, None] * (N * C) + j * C + channel[None, :]
-            u += pre[j][:, None] * tl.load(x_ptr + at, mask=inside[None, :], other=0.0)
+            u = accumulate(u, pre[j], tl.load(x_ptr + at, mask=inside[None, :], other=0.0))
         tl.store(
             u_ptr + rows[:, None] * C + channel[None, :],
             u.to(u_ptr.dtype.element_ty),

@@ -20,6 +20,7 @@ CONFIGS = {
     "merge": {"BLOCK_T": 4, "BLOCK_C": 512, "num_warps": 8, "num_stages": 1, "STAGES": 1},
     "map": {"BLOCK_T": 64, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "STAGES": 3},
     "aggregate": {"BLOCK_C": 2048, "num_warps": 4, "num_stages": 1},
+    "replay": {"BLOCK_C": 1024, "num_warps": 4, "num_stages": 1},
     "aggregate_backward": {"BLOCK_C": 2048, "num_warps": 4, "num_stages": 1},
     "mapping_backward": {"BLOCK": 8, "num_warps": 1},
     "streams": {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "STAGES": 3},
@@ -121,8 +122,8 @@ def forward(
     """x [T, n, C], merged with (f, post, comb) if given, then mapped with (fn, scale, base).
 
     Returns:
-        (x_next,) with a merge, then (u, post, comb, m, r) with a mapping; post and comb are empty
-        for the head, whose fn has n rows.
+        (x_next,) with a merge, then (u, post, comb, pre, m, r) with a mapping; post and comb are
+        empty for the head, whose fn has n rows.
     """
     tokens, n, channels = x.shape
     f, post, comb = merge or (None, None, None)
@@ -168,6 +169,7 @@ def forward(
 
     head = fn.shape[0] == n
     u = x.new_empty((tokens, channels))
+    pre = torch.empty((tokens, n), dtype=torch.float32, device=x.device)
     m = torch.empty((tokens, fn.shape[0]), dtype=torch.float32, device=x.device)
     r = torch.empty((tokens,), dtype=torch.float32, device=x.device)
     kept = 0 if head else tokens
@@ -183,6 +185,7 @@ def forward(
             scale,
             base,
             u,
+            pre,
             m,
             r,
             post_next,
@@ -200,7 +203,7 @@ def forward(
             BLOCK_M=MAPPING_BLOCK,
             **options,
         )
-    outputs = (u, post_next, comb_next, m, r)
+    outputs = (u, post_next, comb_next, pre, m, r)
     return (x_next, *outputs) if merge else outputs
 
 

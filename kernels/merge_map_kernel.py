@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .accumulate import accumulate
+
 
 @triton.jit
 def load_scalars(pointer, rows, STRIDE: tl.constexpr, COUNT: tl.constexpr):
@@ -36,7 +38,7 @@ def merge_stream(streams, f, post, comb, OUT: tl.constexpr, N: tl.constexpr):
     """X'[o] = post[o] f + sum_i comb[i, o] X[i] in float32; the order of sums is fixed here."""
     merged = post[OUT][:, None] * f
     for i in tl.static_range(N):
-        merged += comb[i * N + OUT][:, None] * streams[i]
+        merged = accumulate(merged, comb[i * N + OUT], streams[i])
     return merged
 
 

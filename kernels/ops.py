@@ -4,30 +4,34 @@ Operators work on contiguous [T, ...] tensors; the functions below flatten the c
 dimensions and make what is not contiguous so. Every backward is an operator too.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import launch
 from .expand_kernel import launch_expand
 from .launch_backward import backward
+from .launch_replay import Merge, launch_replay
 from .operator import operator
 from .sinkhorn_kernel import launch_sinkhorn
 
-Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Mapped = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _like(reference: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return reference.new_empty(shape, dtype=dtype or reference.dtype)
 
 
-def _mapping_outputs(x: Tensor, fn: Tensor) -> Tensors5:
-    """Empty u, post, comb, m and r for streams [T, n, C]."""
+def _mapping_outputs(x: Tensor, fn: Tensor) -> Mapped:
+    """Empty u, post, comb, pre, m and r for streams [T, n, C]."""
     tokens, n, channels = x.shape
     kept = 0 if fn.shape[0] == n else tokens
     return (
         _like(x, tokens, channels),
         _like(fn, kept, n),
         _like(fn, kept, n, n),
+        _like(fn, tokens, n),
         _like(fn, tokens, fn.shape[0]),
         _like(fn, tokens),
     )
@@ -139,13 +143,13 @@ def _pre_backward(
 
 def _save_pre(ctx, inputs, output):
     *tensors, ctx.iterations, ctx.eps, _ = inputs
-    _, post, comb, m, r = output
-    ctx.mark_non_differentiable(m, r)
+    _, post, comb, pre, m, r = output
+    ctx.mark_non_differentiable(pre, m, r)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, m, r, post, comb)
 
 
-def _pre_grad(ctx, du, dpost, dcomb, _m, _r):
+def _pre_grad(ctx, du, dpost, dcomb, *_):
     *saved, post, comb = ctx.saved_tensors
     x = saved[0]
     grads = _pre_backward(
@@ -168,7 +172,7 @@ def _pre(
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> Tensors5:
+) -> Mapped:
     return launch.forward(x, None, (fn, scale, base), iterations, eps, norm_eps)
 
 
@@ -210,13 +214,13 @@ def _post_pre_backward(
 
 def _save_post_pre(ctx, inputs, output):
     *tensors, ctx.iterations, ctx.eps, _ = inputs
-    x_next, _, post, comb, m, r = output
-    ctx.mark_non_differentiable(m, r)
+    x_next, _, post, comb, pre, m, r = output
+    ctx.mark_non_differentiable(pre, m, r)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, x_next, m, r, post, comb)
 
 
-def _post_pre_grad(ctx, dx_next, du, dpost, dcomb, _m, _r):
+def _post_pre_grad(ctx, dx_next, du, dpost, dcomb, *_):
     *saved, post, comb = ctx.saved_tensors
     grads = _post_pre_backward(
         *saved,
@@ -247,7 +251,7 @@ def _post_pre(
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return launch.forward(x, (f, post, comb), (fn, scale, base), iterations, eps, norm_eps)
 
 
@@ -282,11 +286,18 @@ def _mapping(fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, T
 
 def pre(
     x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`kernels.mhc_pre` by Triton."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`kernels.mhc_pre` by Triton, with pre."""
     *tokens, n, channels = x.shape
-    u, post, comb, _, _ = _pre(_tokens(x, 2), *_mapping(fn, scale, base), iterations, eps, norm_eps)
-    return u.view(*tokens, channels), post.view(*tokens, n), comb.view(*tokens, n, n)
+    u, post, comb, pre, _, _ = _pre(
+        _tokens(x, 2), *_mapping(fn, scale, base), iterations, eps, norm_eps
+    )
+    return (
+        u.view(*tokens, channels),
+        post.view(*tokens, n),
+        comb.view(*tokens, n, n),
+        pre.view(*tokens, n),
+    )
 
 
 def head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
@@ -322,9 +333,9 @@ def post_pre(
     iterations: int,
     eps: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`kernels.mhc_post_pre` by Triton."""
-    x_next, u, post_next, comb_next, _, _ = _post_pre(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`kernels.mhc_post_pre` by Triton, with pre."""
+    x_next, u, post_next, comb_next, pre, _, _ = _post_pre(
         _tokens(x, 2),
         _tokens(f, 1),
         _tokens(post, 1),
@@ -339,4 +350,22 @@ def post_pre(
         u.view(f.shape),
         post_next.view(post.shape),
         comb_next.view(comb.shape),
+        pre.view(post.shape),
     )
+
+
+def replay(
+    x: Tensor, merges: Sequence[Merge | None], pres: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`kernels.mhc_replay` by Triton."""
+    flat = [
+        None
+        if merge is None
+        else (_tokens(merge[0], 1), _tokens(merge[1], 1), _tokens(merge[2], 2))
+        for merge in merges
+    ]
+    formed = launch_replay(_tokens(x, 2), flat, [_tokens(pre, 1) for pre in pres])
+    return [
+        (x if merge is None else x_next.view(x.shape), u.view(*x.shape[:-2], x.shape[-1]))
+        for merge, (x_next, u) in zip(merges, formed)
+    ]

@@ -22,6 +22,8 @@ The mappings agree with DeepSeek-V4's released code and, at eps = 0, with eq. 3 
 paper, written for the transpose of H_res: column sums of comb are exact, row sums approximate.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -116,15 +118,23 @@ def aggregate(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def mhc_pre(
-    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, **mapping_options
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    *,
+    return_pre: bool = False,
+    **mapping_options,
+) -> tuple[Tensor, ...]:
     """Mappings and aggregation; arguments as :func:`mhc_mappings`.
 
     Returns:
-        u [..., C] of x's dtype, post [..., n] and comb [..., n, n] in the accumulation dtype.
+        u [..., C] of x's dtype, post [..., n] and comb [..., n, n] in the accumulation dtype; with
+        ``return_pre`` then pre [..., n], without a gradient.
     """
     pre, post, comb = mhc_mappings(x, fn, scale, base, **mapping_options)
-    return aggregate(x, pre), post, comb
+    outputs = (aggregate(x, pre), post, comb)
+    return (*outputs, pre.detach()) if return_pre else outputs
 
 
 def mhc_post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -154,15 +164,34 @@ def mhc_post_pre(
     fn: Tensor,
     scale: Tensor,
     base: Tensor,
-    **mapping_options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    **pre_options,
+) -> tuple[Tensor, ...]:
     """:func:`mhc_post`, then :func:`mhc_pre` of the next sublayer on what it gave.
 
     Returns:
-        x_next [..., n, C], u [..., C], post_next [..., n], comb_next [..., n, n].
+        x_next [..., n, C], then what :func:`mhc_pre` gives.
     """
     x_next = mhc_post(x, f, post, comb)
-    return x_next, *mhc_pre(x_next, fn, scale, base, **mapping_options)
+    return x_next, *mhc_pre(x_next, fn, scale, base, **pre_options)
+
+
+def mhc_replay(
+    x: Tensor, merges: Sequence[tuple[Tensor, Tensor, Tensor] | None], pres: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Merges and aggregations of consecutive sublayers, their mappings given.
+
+    Args:
+        x: [..., n, C]. merges: (f, post, comb) before each sublayer; None: x is what it reads.
+        pres: [..., n] of each sublayer.
+
+    Returns:
+        x_next [..., n, C] and u [..., C] of each sublayer.
+    """
+    formed = []
+    for merge, pre in zip(merges, pres):
+        x = x if merge is None else mhc_post(x, *merge)
+        formed.append((x, aggregate(x, pre)))
+    return formed
 
 
 def mhc_post_head(

@@ -1,5 +1,7 @@
 """Checks on what callers hand to the kernels; each error names the argument and what would do."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,23 @@ def check_merge(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> None:
     check_shape("f", f, (*tokens, channels))
     check_shape("post", post, (*tokens, n))
     check_shape("comb", comb, (*tokens, n, n))
+
+
+def check_replay(
+    x: Tensor, merges: Sequence[tuple[Tensor, Tensor, Tensor] | None], pres: Sequence[Tensor]
+) -> None:
+    """A merge and a pre [..., n] for each sublayer; only the first merge may be None."""
+    check_streams(x)
+    if not pres or len(merges) != len(pres):
+        raise ValueError(
+            f"{len(merges)} merges and {len(pres)} pres: expected one of each for every sublayer"
+        )
+    for k, (merge, pre) in enumerate(zip(merges, pres)):
+        check_shape(f"pres[{k}]", pre, x.shape[:-1])
+        if merge is not None:
+            check_merge(x, *merge)
+        elif k:
+            raise ValueError(f"merges[{k}] is None: only the first sublayer may read x as it is")
 
 
 def check_sinkhorn(logits: Tensor, iterations: int, eps: float) -> None:

@@ -93,9 +93,11 @@ class Estimate:
         return self.kept + self.transient
 
 
-def coefficient_bytes(streams: int) -> int:
-    """Of one mapping and one token, float32: post, comb, the (2 + n) n products m, and r."""
-    return 4 * (streams + streams**2 + (2 + streams) * streams + 1)
+def coefficient_bytes(streams: int, recompute: bool = False) -> int:
+    """Of one mapping and one token, float32: post, comb, the (2 + n) n products m, and r; with
+    recompute pre too, which the replay takes."""
+    count = streams + streams**2 + (2 + streams) * streams + 1
+    return 4 * (count + streams if recompute else count)
 
 
 def plain(stage: Stage) -> Estimate:
@@ -114,18 +116,17 @@ def mhc(stage: Stage, streams: int) -> Estimate:
 
 
 def recomputed(stage: Stage, streams: int, block: int) -> Estimate:
-    """With mHC recompute in blocks of ``block`` layers: one X for each block, f of each sublayer.
+    """With mHC recompute in blocks of ``block`` layers: an X for each, and every sublayer's f and
+    coefficients.
 
     In low precision the normalised u is kept too: its bytes are half, and quantized.
     """
     sublayers, unit = SUBLAYERS * stage.layers, stage.channel_bytes
-    small = coefficient_bytes(streams) * unit / (2 * stage.hidden)
+    small = coefficient_bytes(streams, recompute=True) * unit / (2 * stage.hidden)
     normalized = stage.normalized_bytes() if stage.fp8 else 0
     blocks = math.ceil(stage.layers / block)
-    merge = 4 * (streams + streams**2) * unit / (2 * stage.hidden)  # post and comb, float32
-    kept = blocks * streams * unit + (blocks - 1) * merge
-    kept += sublayers * (unit + normalized) + unit
-    replayed = SUBLAYERS * block * ((streams + 1) * unit + small)
+    kept = blocks * streams * unit + sublayers * (unit + normalized + small) + unit
+    replayed = SUBLAYERS * block * (streams + 1) * unit
     if blocks == 1:
         replayed -= streams * unit  # the first mapping's streams are the ones that are kept
     return _estimate(stage, kept, replayed + streams * unit)

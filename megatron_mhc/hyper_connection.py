@@ -5,9 +5,9 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
-from . import recompute
 from .config import MHCConfig
 from .parameters import Float32Parameters, logit, rotate
+from .recompute_mapping import run_mapping
 from .state import Residual, StreamState
 
 OFF_DIAGONAL_LOGIT = -4.0
@@ -66,16 +66,29 @@ class HyperConnection(Float32Parameters):
 
         Args:
             state: streams [..., n, C]; a pending merge is formed together with the mappings. With
-                ``config.recompute`` both, and what autograd saves of them, are discarded.
+                ``config.recompute`` the streams and u, and what autograd saves of them, are
+                discarded.
         """
+        tensors = state.tensors()
         if not (self.config.recompute and torch.is_grad_enabled()):
-            x, u, post, comb = self._map(*state.tensors())
+            x, u, post, comb, _ = self._map(*tensors)
             return u, Residual(x, post, comb)
-        (x, u, post, comb), stand_ins = recompute.run(self._map, state.tensors(), state.stand_ins())
-        return u, Residual(x, post, comb, recompute.Mapped(*stand_ins))
+        (x, u, post, comb), mapped = run_mapping(
+            self._map, tensors, state.stand_ins(), self._backend(*tensors)
+        )
+        return u, Residual(x, post, comb, mapped)
 
-    def _map(self, x: Tensor, *merge: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The streams, u, post and comb, of streams or of a pending merge (x, f, post, comb)."""
+    def _backend(self, x: Tensor, *merge: Tensor) -> str:
+        """What serves :meth:`_map`: "triton" or "torch"."""
+        n, channels = x.shape[-2:]
+        mixing = self.config.residual_mixing
+        tensors = (x, *merge, self.fn, self.scale, self.base)
+        return kernels.choose_backend(
+            self.config.backend, tensors, n=n, channels=channels, residual_mixing=mixing
+        )
+
+    def _map(self, x: Tensor, *merge: Tensor) -> tuple[Tensor, ...]:
+        """x, u, post, comb and pre, of streams or of a pending merge (x, f, post, comb)."""
         config = self.config
         mapping = (self.fn, self.scale, self.base)
         options = {
@@ -83,6 +96,7 @@ class HyperConnection(Float32Parameters):
             "iterations": config.sinkhorn_iterations,
             "eps": config.eps,
             "norm_eps": self.norm_eps,
+            "return_pre": True,
             "backend": config.backend,
         }
         if merge:

@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from .recompute import Mapped
+from .recompute import Mapped, form
 
 
 class InFlight:
@@ -30,7 +30,7 @@ class InFlight:
         return last is not None and not last.done
 
     def replay(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Replay the stage's last block, norms and final merge too, without waiting for it.
+        """Replay the stage's last block, norms too, without waiting for it.
 
         Args:
             stream: where to; None is the current one. It waits for the forward pass only. Whoever
@@ -42,9 +42,9 @@ class InFlight:
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
             if self._made is not None:
                 torch.cuda.current_stream().wait_event(self._made)
+            form(mappings)
             for mapping in mappings:
-                mapping.form()
                 for reference in mapping.followers:
                     follower = reference()
-                    if follower is not None and follower not in mappings:
-                        follower.form()
+                    if follower is not None:
+                        form([follower])

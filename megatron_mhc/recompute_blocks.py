@@ -14,7 +14,8 @@ def residual_units(layers: int, block: int, n: int) -> int:
     """Memory of a stage's residual streams, n C ceil(L / L_r) + (n + 2) C L_r (eq. 20), over C.
 
     The first term is kept, the streams at the start of every block; the second is what one block's
-    replay forms: X', u and the normalised u of each of its sublayers.
+    replay forms: X', u and the normalised u of each of its sublayers. Not counted are f and the
+    coefficients of every sublayer, which are kept with any block size.
 
     Args:
         layers: transformer layers of the stage, L / 2.

@@ -1,73 +1,49 @@
 """A sublayer's input u and its normalised form: dropped from what the sublayer saved.
 
-Which saved tensors they are is told by their storage, so views of them are found too, in whatever
-layer saved them. A norm reports what it gave: a norm module by a hook, and the one inside
+A norm reports what it gave: a norm module by a hook, and the one inside
 Transformer Engine's LayerNormLinear by ``patches/te_normalization.py``.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-from .recompute import Discarded, Replay, replace_saved
+from .discarded import Discarded, Known
+from .recompute import CallAgain
 from .saved_tensors import saved_between
-
-
-class _View:
-    """A view of a discarded tensor."""
-
-    __slots__ = ("_discarded", "_offset", "_size", "_stride")
-
-    def __init__(self, view: Tensor, base: Tensor, discarded: Discarded) -> None:
-        self._discarded = discarded
-        self._size, self._stride = view.size(), view.stride()
-        self._offset = view.storage_offset() - base.storage_offset()
-
-    def get(self) -> Tensor:
-        base = self._discarded.get()
-        return base.as_strided(self._size, self._stride, base.storage_offset() + self._offset)
-
-
-def _address(tensor: Tensor) -> int | None:
-    """Where a tensor's storage begins; None for subclasses, whose storage may be none."""
-    if type(tensor) is not Tensor or not tensor.numel():
-        return None
-    return tensor.untyped_storage().data_ptr()
 
 
 class _Sublayer:
     """What one sublayer computes from its input u [..., C], while it runs."""
 
     def __init__(self, u: Tensor, discarded: Discarded) -> None:
-        self._u = u
-        # The tensors are held: an address says something only while its storage is alive.
-        self._known: dict[int | None, tuple[Tensor, Discarded]] = {_address(u): (u, discarded)}
+        self._discarded = discarded
+        self._known = Known()
+        self._known.add(u, discarded)
 
     def add_norm(self, norm: Callable[[Tensor], Tensor], u: Tensor, y: Tensor) -> None:
         """Note that ``norm(u)`` gave y, if that is this sublayer's u."""
-        if _address(y) is None or _address(u) != _address(self._u):
+        if self._known.stand_in(u) is not self._discarded or not Known.can_tell(y):
             return
-        _, discarded = self._known[_address(u)]
         shape = u.shape
 
         def norm_again(u: Tensor) -> tuple[Tensor]:
             return (norm(u.view(shape)),)
 
-        replay = Replay(norm_again, [discarded], [u.requires_grad])
-        (stand_in,) = replay.discard([y], [u])
-        self._known[_address(y)] = (y, stand_in)
+        again = CallAgain(norm_again, [self._discarded], [u.requires_grad])
+        if self._discarded.source is not None:
+            self._discarded.source.followers.append(weakref.ref(again))
+        self._known.add(y, again.result(0))
+        again.discard_saved([y], [u], self._known)
 
     def discard_input(self, f: Tensor) -> None:
         """Drop u and its normalised form from what the sublayer that gave f saved."""
-        for tensor, saved in saved_between([f], [known for known, _ in self._known.values()]):
-            address = _address(tensor)
-            if address in self._known and address is not None:
-                base, discarded = self._known[address]
-                if base.dtype == tensor.dtype:
-                    replace_saved(saved, _View(tensor, base, discarded), _View.get)
+        for tensor, saved, _ in saved_between([f], self._known.tensors()):
+            self._known.replace(tensor, saved)
 
 
 _running: ContextVar[_Sublayer | None] = ContextVar("the sublayer that runs now", default=None)

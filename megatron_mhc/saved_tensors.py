@@ -30,7 +30,7 @@ def _pairs(node) -> Iterator[tuple[Tensor | None, object]]:
 
 def saved_between(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, object]]:
+) -> Iterator[tuple[Tensor, object, bool]]:
     """Tensors that the graph from ``inputs`` to ``outputs`` saves for its backward pass.
 
     The same computation on the same kind of tensors gives the same sequence. Parameters are left
@@ -39,7 +39,8 @@ def saved_between(
     Scalars are left out, as autograd's own hooks leave out Python numbers.
 
     Yields:
-        The tensor, and its ``torch._C._autograd.SavedTensor``, which takes ``register_hooks``.
+        The tensor; its ``torch._C._autograd.SavedTensor``, which takes ``register_hooks``; and
+        whether a ``torch.autograd.Function`` saved it, not an operation of PyTorch's own.
     """
     seen = {tensor.grad_fn for tensor in inputs} | {None}
     waiting = [tensor.grad_fn for tensor in reversed(outputs)]
@@ -48,8 +49,12 @@ def saved_between(
         if node in seen:
             continue
         seen.add(node)
+        of_function = isinstance(node, BackwardCFunction)
         for tensor, raw in _pairs(node):
-            if tensor is None or isinstance(tensor, torch.nn.Parameter) or not tensor.dim():
+            if tensor is None or not tensor.dim():
                 continue
-            yield tensor, raw
+            # A plain tensor is no parameter, and isinstance of one is slow.
+            if type(tensor) is not Tensor and isinstance(tensor, torch.nn.Parameter):
+                continue
+            yield tensor, raw, of_function
         waiting += [following for following, _ in node.next_functions]

@@ -11,7 +11,8 @@ from torch import Tensor
 from megatron_mhc import kernels
 
 from . import recompute
-from .recompute import Discarded, Mapped
+from .discarded import Discarded
+from .recompute import Mapped
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StreamState:
     Attributes:
         x: [..., n, C] in the model's dtype.
         pending: the merge that turns x into the streams, or None if x is the streams.
-        discarded: stand-ins for x, post and comb where they are recomputed, else None.
+        discarded: stands in for x where it is recomputed, else None.
     """
 
     x: Tensor
@@ -71,10 +72,10 @@ class StreamState:
         return cls(x, PendingMerge(*merge) if merge else None)
 
     def stand_ins(self) -> tuple[Discarded | None, ...]:
-        """For each of :meth:`tensors`, its stand-in or None where it is kept, as f always is."""
+        """For each of :meth:`tensors`, its stand-in or None where it is kept: all but x always."""
         if self.discarded is None:
             return (None,) * len(self.tensors())
-        return self.discarded.x, None, self.discarded.post, self.discarded.comb
+        return self.discarded.x, None, None, None
 
     def kept(self) -> "StreamState":
         """The same state, its tensors kept for the backward pass: a recomputed block starts."""
@@ -104,7 +105,7 @@ class Residual:
     Attributes:
         x: [..., n, C], the streams that u was made from.
         post: [..., n] float32; comb: [..., n, n] float32, index (in, out).
-        discarded: their stand-ins, and that of u, where they are recomputed, else None.
+        discarded: stand-ins for x and u where they are recomputed, else None.
     """
 
     x: Tensor

@@ -32,8 +32,11 @@ from megatron_mhc import kernels
 
 N, OPTIONS = 4, {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 # Least traffic in units, forward and backward. post_pre, the merge of one sublayer and the mapping
-# of the next in one call, is one whole application; so is what peers run under its name.
+# of the next in one call, is one whole application; so is what peers run under its name. replay is
+# what recompute adds to the backward pass for a block of 1 or 4 sublayers; it has no gradient.
 UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15), "head": (5, 9), "expand": (5, 5)}
+UNITS |= {"replay": (10, 0), "replay_4": (28, 0)}
+REPLAYED = {"replay": 1, "replay_4": 4}
 OURS = ("triton", "torch", "compile")
 
 
@@ -62,6 +65,8 @@ def operator(op: str, inputs: dict[str, torch.Tensor], backend: str):
         "post_pre": tuple(inputs),
         "head": ("x", *mapping),
         "expand": ("f",),
+        "replay": ("x", "f", "post", "comb"),
+        "replay_4": ("x", "f", "post", "comb"),
     }[op]
     tensors = [inputs[name] for name in names]
     options = {"backend": "torch" if backend == "compile" else backend}
@@ -71,21 +76,34 @@ def operator(op: str, inputs: dict[str, torch.Tensor], backend: str):
         options |= {"eps": 1e-6, "norm_eps": 1e-6}
     elif op == "expand":
         options["n"] = N
-    elif op != "post":
+    elif op in ("pre", "post_pre"):
         options |= OPTIONS
-    function = getattr(kernels, f"mhc_{op}")
+    if op in REPLAYED:
+        forward = replay(REPLAYED[op], tensors, options)
+    else:
+        function = getattr(kernels, f"mhc_{op}")
 
-    def forward(*arguments):
-        outputs = function(*arguments, **options)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        def forward(*arguments):
+            outputs = function(*arguments, **options)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
 
     return torch.compile(forward) if backend == "compile" else forward, tensors
+
+
+def replay(sublayers: int, tensors: list[torch.Tensor], options: dict):
+    """Replays ``sublayers`` sublayers, each from tensors of its own."""
+    x, *merge = tensors
+    merges = [tuple(tensor.clone() for tensor in merge) for _ in range(sublayers)]
+    pres = [post.clone() for _, post, _ in merges]
+    return lambda *_: kernels.mhc_replay(x, merges, pres, **options)
 
 
 def make_steps(op: str, inputs: dict[str, torch.Tensor], backend: str):
     """Functions that run the forward, and forward and backward with gradients of everything."""
     make = operator if backend in OURS else kernel_peers.operator
     forward, tensors = make(op, inputs, backend)
+    if op in REPLAYED:
+        return (lambda: forward(*tensors),) * 2
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     weights = [torch.randn_like(output) for output in forward(*leaves)]
     return lambda: forward(*leaves), lambda: torch.autograd.grad(forward(*leaves), leaves, weights)
@@ -140,8 +158,10 @@ def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int,
     """One row of the table; the floor is of the whole operator, forward and backward."""
     forward, step = make_steps(op, make_inputs(tokens, channels), backend)
     times = kernel_times(step, repetitions)
-    forward_us = sum(kernel_times(forward, repetitions).values())
     total = sum(times.values())
+    forward_us = total
+    if step is not forward:
+        forward_us = sum(kernel_times(forward, repetitions).values())
     unit = 2 * channels * tokens / rate / 1e3  # microseconds at copy speed
     least = [units * unit for units in UNITS[op]]
     return {
@@ -156,7 +176,7 @@ def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int,
         "GB/s of least": round(sum(least) * rate / total),
         "% of copy": round(100 * sum(least) / total, 1),
         "% forward": round(100 * least[0] / forward_us, 1),
-        "% backward": round(100 * least[1] / (total - forward_us), 1),
+        "% backward": round(100 * least[1] / (total - forward_us), 1) if least[1] else None,
         "kernels": {name: round(time, 1) for name, time in times.items()},
     }
 

@@ -16,13 +16,15 @@ SWEEP = {
             (16, 128, 8, 3, None)],
     "aggregate": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4)],
     "aggregate_backward": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4)],
+    "replay": [(1, 1024, 4), (1, 512, 2), (1, 2048, 8), (1, 2048, 4), (1, 1024, 8)],
 }  # fmt: skip
+KERNELS = {"map": "merge_map", "replay": "merge_aggregate"}
 REDUCE = [(256, 16), (128, 16), (128, 32), (512, 8), (1024, 4)]
 
 
-def show(label: str, inputs: dict, kernel: str) -> None:
+def show(label: str, inputs: dict, kernel: str, op: str = "post_pre") -> None:
     try:
-        _, step = make_steps("post_pre", inputs, "triton")
+        _, step = make_steps(op, inputs, "triton")
         times = kernel_times(step, 7)
     except OutOfResources as error:
         print(f"{label}: does not fit, {error}")
@@ -42,8 +44,9 @@ def main() -> None:
         for entry in entries:
             options = {key: value for key, value in zip(TILES, entry) if value is not None}
             launch.CONFIGS[name] = {"num_stages": 1} | options
-            kernel = "merge_map" if name == "map" else f"{name}_kernel"
-            show(f"{name} {options}", inputs, kernel)
+            kernel = KERNELS.get(name, f"{name}_kernel")
+            op = "replay_4" if name == "replay" else "post_pre"
+            show(f"{name} {options}", inputs, kernel, op)
         launch.CONFIGS[name] = chosen
     for block, shares in REDUCE:
         launch_backward.REDUCE_BLOCK, launch_backward.REDUCE_SHARES = block, shares

@@ -8,7 +8,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from kernel_checks import OPTIONS, errors, operators, output_weights, run, streams_inputs
+from kernel_checks import (
+    OPTIONS,
+    errors,
+    operators,
+    output_weights,
+    replay_inputs,
+    run,
+    streams_inputs,
+)
 
 from megatron_mhc import kernels
 
@@ -77,6 +85,22 @@ def test_runs_are_bit_identical(name):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "n", "channels"),
+    [((1,), 4, 8), ((3, 7), 4, 264), ((517,), 4, 1280), ((4099,), 4, 4096)]
+    + [((1027,), 4, 2560), ((67,), 2, 256), ((67,), 8, 1032)],
+)
+def test_replay_has_the_forward_passs_bits(tokens, n, channels, dtype):
+    """Compiled, another kernel than the forward pass's, yet not one bit differs."""
+    x, (merges, pres), formed = replay_inputs(tokens, n, channels, 6, dtype, "triton", "cuda")
+    for first, start in ((0, x), (1, x), (3, formed[2][0])):
+        replayed = kernels.mhc_replay(start, merges[first:], pres[first:], backend="triton")
+        for (x_next, u), (expected_x, expected_u) in zip(replayed, formed[first:], strict=True):
+            assert torch.equal(x_next, expected_x)
+            assert torch.equal(u, expected_u)
+
+
 def test_inputs_need_not_be_contiguous():
     function, (x, *rest) = cuda_inputs("post_pre", (2, 33), 136, torch.bfloat16)
     weights = output_weights(function, [x, *rest])
@@ -122,6 +146,8 @@ def test_a_new_token_count_compiles_nothing():
     for tokens in (300, 1, 64, 4097):
         inputs = streams_inputs((tokens,), 4, 512, torch.bfloat16, device="cuda")
         run(function, inputs, output_weights(function, inputs), "triton")
+        x, merge, pre = inputs[0], inputs[1:4], inputs[2]
+        kernels.mhc_replay(x, [merge, merge], [pre, pre], backend="triton")
         if tokens == 300:
             knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
     knobs.runtime.jit_post_compile_hook = None

@@ -86,3 +86,21 @@ def errors(function, inputs, backends=("triton", "torch")):
         [relative_error(a, b) for a, b in zip(run(function, inputs, weights, backend), exact)]
         for backend in backends
     ]
+
+
+def replay_inputs(tokens, n, channels, sublayers, dtype, backend, device="cpu"):
+    """A forward pass through ``sublayers`` mappings with a merge before each but the first.
+
+    Returns:
+        The streams at the start; merges and pres for mhc_replay; (x_next, u) of each sublayer.
+    """
+    options = {**OPTIONS, "return_pre": True, "backend": backend}
+    entered, *_, fn, scale, base = streams_inputs(tokens, n, channels, dtype, device=device)
+    u, *merge, pre = kernels.mhc_pre(entered, fn, scale, base, **options)
+    x, merges, pres, formed = entered, [None], [pre], [(entered, u)]
+    for _ in range(sublayers - 1):
+        merges.append((torch.randn_like(u), *merge))
+        x, u, *merge, pre = kernels.mhc_post_pre(x, *merges[-1], fn, scale, base, **options)
+        pres.append(pre)
+        formed.append((x, u))
+    return entered, (merges, pres), formed

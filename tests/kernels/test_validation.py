@@ -38,6 +38,15 @@ X = torch.zeros(3, 2, 8)
             lambda: kernels.mhc_post(X, X[:, 0], torch.ones(3, 2), torch.ones(3, 2)),
             r"comb is \(3, 2\): expected \(3, 2, 2\)",
         ),
+        (lambda: kernels.mhc_replay(X, [None], []), "1 merges and 0 pres: expected one of each"),
+        (
+            lambda: kernels.mhc_replay(X, [None, None], [X[..., 0]] * 2),
+            r"merges\[1\] is None: only the first",
+        ),
+        (
+            lambda: kernels.mhc_replay(X, [None], [torch.ones(3, 4)]),
+            r"pres\[0\] is \(3, 4\): expected \(3, 2\)",
+        ),
         (lambda: kernels.mhc_expand(X[:, 0], 0), "n=0: at least 1"),
         (lambda: kernels.sinkhorn(torch.zeros(3, 2)), r"logits are \(3, 2\): expected"),
         (lambda: kernels.sinkhorn(torch.zeros(2, 2).half()), "logits are torch.float16"),

@@ -108,7 +108,7 @@ def test_blocks_start_where_they_should():
     assert starts(3, 9) == [True, False, False]
 
 
-def test_mappings_run_once_more_and_sublayers_do_not(monkeypatch):
+def test_pytorchs_mappings_run_once_more_and_sublayers_do_not(monkeypatch):
     calls = {"mapping": 0, "attention": 0}
     map_streams = HyperConnection._map
 

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from megatron_mhc import HyperConnection, MHCConfig, recompute, recompute_sublayer
+from megatron_mhc import HyperConnection, MHCConfig, kernels, recompute, recompute_sublayer
 from megatron_mhc.saved_tensors import saved_between
 from tests.live_memory import LiveMemory
 from tests.models import build_gpt, random_tokens, scramble_mappings
@@ -39,17 +39,33 @@ def test_a_stack_has_the_same_gradients():
 
 @pytest.mark.parametrize("block", [2, 3, 6])
 def test_only_block_starts_and_sublayer_outputs_are_kept(block):
-    """n C for every block and C for every sublayer; post and comb of every block's start."""
+    """n C for every block; C, pre, post and comb for every sublayer."""
     sublayers = 6
     model = stack(True, sublayers, block)
     with LiveMemory() as memory:
         memory.ignore(*model.parameters())
         out = model(entry().requires_grad_())
         out_and_entry = 2 * UNIT
-        small = 4 * TOKENS * (STREAMS + STREAMS**2)
+        small = 4 * TOKENS * (2 * STREAMS + STREAMS**2)
         blocks = sublayers // block
-        expected = STREAMS * UNIT * blocks + UNIT * sublayers + small * (blocks - 1)
+        expected = STREAMS * UNIT * blocks + (UNIT + small) * sublayers
         assert memory.now - out_and_entry == pytest.approx(expected, rel=0.01)
+        del out
+
+
+def test_a_replayed_block_holds_streams_and_inputs_alone():
+    """X, u and its normalised form of each sublayer; not the many steps of PyTorch's mappings,
+    which are for one sublayer at a time."""
+    sublayers = 6
+    model = stack(True, sublayers, block=sublayers)
+    with LiveMemory() as memory:
+        memory.ignore(*model.parameters())
+        out = model(entry().requires_grad_())
+        before = memory.now
+        model.in_flight.replay()
+        first = STREAMS * UNIT  # is kept
+        expected = (STREAMS + 2) * UNIT * sublayers - first
+        assert memory.now - before == pytest.approx(expected, rel=0.01)
         del out
 
 
@@ -104,7 +120,7 @@ def test_saved_tensors_come_in_the_same_order():
 
     def shapes():
         y = (torch.sigmoid(x) * weight).softmax(-1)
-        return [tuple(tensor.shape) for tensor, _ in saved_between([y], [x])]
+        return [tuple(tensor.shape) for tensor, *_ in saved_between([y], [x])]
 
     assert shapes() == shapes()
     assert shapes()
@@ -144,16 +160,23 @@ class TestReplayAhead:
         scramble_mappings(model)
         return model
 
-    def count(self, monkeypatch):
-        calls = []
-        map_streams = HyperConnection._map
+    def watch(self, monkeypatch):
+        """pre of every mapping by its connection, and the lists of pre that were replayed."""
+        mapped, replayed = {}, []
+        map_streams, replay = HyperConnection._map, kernels.mhc_replay
 
-        def counted(self, *tensors):
-            calls.append(self)
-            return map_streams(self, *tensors)
+        def noted(self, *tensors):
+            outputs = map_streams(self, *tensors)
+            mapped.setdefault(self, outputs[-1].data_ptr())
+            return outputs
 
-        monkeypatch.setattr(HyperConnection, "_map", counted)
-        return calls
+        def noted_replay(x, merges, pres, **options):
+            replayed.append([pre.data_ptr() for pre in pres])
+            return replay(x, merges, pres, **options)
+
+        monkeypatch.setattr(HyperConnection, "_map", noted)
+        monkeypatch.setattr(kernels, "mhc_replay", noted_replay)
+        return mapped, replayed
 
     def test_the_last_block_is_replayed_before_the_backward_pass(self, monkeypatch):
         torch.manual_seed(0)
@@ -163,34 +186,30 @@ class TestReplayAhead:
 
         model = self.model(recompute_layer_num=2)
         assert not model.decoder.replay_ahead()
-        calls = self.count(monkeypatch)
+        mapped, replayed = self.watch(monkeypatch)
         loss = model(tokens, positions, None, labels=labels).mean()
-        calls.clear()
         assert model.decoder.replay_ahead()
-        last_two = list(model.decoder.layers)[2:]
-        assert calls == [
-            connection
-            for layer in last_two
-            for connection in (
-                layer.self_attention_hyper_connection,
-                layer.mlp_hyper_connection,
-            )
+        pres = [
+            mapped[connection]
+            for layer in model.decoder.layers
+            for connection in (layer.self_attention_hyper_connection, layer.mlp_hyper_connection)
         ]
+        assert replayed == [pres[4:]]
         assert not model.decoder.replay_ahead()
         loss.backward()
-        assert len(calls) == 8
+        assert replayed == [pres[4:], pres[:4]]
         for (name, ours), theirs in zip(model.named_parameters(), expected.parameters()):
             assert torch.equal(ours.grad, theirs.grad), name
 
     def test_forward_passes_are_replayed_in_their_order(self, monkeypatch):
         model = self.model(recompute_layer_num=4)
         tokens, positions, labels = random_tokens()
-        calls = self.count(monkeypatch)
+        _, replayed = self.watch(monkeypatch)
         losses = [model(tokens, positions, None, labels=labels).mean() for _ in range(3)]
-        calls.clear()
         for done in (1, 2, 3):
             assert model.decoder.replay_ahead()
-            assert len(calls) == 8 * done
+            assert len(replayed) == done
             losses[done - 1].backward()
-            assert len(calls) == 8 * done
+            assert len(replayed) == done
         assert not model.decoder.replay_ahead()
+        assert len({tuple(pres) for pres in replayed}) == 3
