@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .aggregate_kernel import aggregate_kernel
 from .merge_map_kernel import merge_map_kernel
+from .run_kernel import run_kernel
 from .split_weight_kernel import split_weight_kernel
 
 # One entry a kernel: block sizes, warps and tiles in flight for n = 4 and bf16 streams
@@ -105,8 +106,16 @@ def split_weight(fn: Tensor, dtype: torch.dtype) -> Tensor:
         device=fn.device,
     )
     block = 1024
-    split_weight_kernel[(rows, cdiv(width, block))](
-        fn, out, K=width, COUNT=count, ROWS=rows, PLANES=planes, BLOCK=block
+    run_kernel(
+        split_weight_kernel,
+        (rows, cdiv(width, block)),
+        fn,
+        out,
+        K=width,
+        COUNT=count,
+        ROWS=rows,
+        PLANES=planes,
+        BLOCK=block,
     )
     return out
 
@@ -143,7 +152,9 @@ def forward(
         products = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
         squares = torch.empty((splits, tokens), dtype=torch.float32, device=x.device)
     if tokens:
-        merge_map_kernel[(tiles, splits)](
+        run_kernel(
+            merge_map_kernel,
+            (tiles, splits),
             x,
             f,
             post,
@@ -178,7 +189,9 @@ def forward(
     options = walk("aggregate", channels)
     map_programs = cdiv(tokens, MAPPING_BLOCK)
     if tokens:
-        aggregate_kernel[(map_programs + cdiv(tokens, options["BLOCK_T"]),)](
+        run_kernel(
+            aggregate_kernel,
+            (map_programs + cdiv(tokens, options["BLOCK_T"]),),
             x_next if merge else x,
             products,
             squares,

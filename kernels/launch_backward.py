@@ -22,6 +22,7 @@ from .launch import (
 )
 from .mapping_backward_kernel import mapping_backward_kernel
 from .reduce_kernel import reduce_kernel
+from .run_kernel import TESTED_TRITON, Descriptor, run_kernel
 from .streams_backward_kernel import streams_backward_kernel
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,6 @@ logger = logging.getLogger(__name__)
 REDUCE_BLOCK, REDUCE_SHARES, REDUCE_ROWS = 256, 16, 256
 
 
-# Gluon is an experimental part of Triton, so no other minor version is taken on trust.
-GLUON_TESTED = "3.6."
-
-
 @lru_cache
 def hopper(device: torch.device) -> bool:
     """Whether the Hopper kernel runs on ``device``; says so if only Triton's version forbids it."""
@@ -42,11 +39,11 @@ def hopper(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    if not triton.__version__.startswith(GLUON_TESTED):
+    if not triton.__version__.startswith(TESTED_TRITON):
         logger.warning(
             "mHC kernels: the backward pass for Hopper was tested with Triton %sx, this is %s: the "
             "slower one for all GPUs is in use",
-            GLUON_TESTED,
+            TESTED_TRITON,
             triton.__version__,
         )
         return False
@@ -117,10 +114,20 @@ def mapping_backward(
         return numbers, planes, parts
     dpre = torch.empty((tokens, n), **empty)
     options = walk("aggregate_backward", channels)
-    aggregate_backward_kernel[(cdiv(tokens, options["BLOCK_T"]),)](
-        x_next, du, dpre, tokens, N=n, C=channels, **options
+    run_kernel(
+        aggregate_backward_kernel,
+        (cdiv(tokens, options["BLOCK_T"]),),
+        x_next,
+        du,
+        dpre,
+        tokens,
+        N=n,
+        C=channels,
+        **options,
     )
-    mapping_backward_kernel[(programs,)](
+    run_kernel(
+        mapping_backward_kernel,
+        (programs,),
         m,
         r,
         scale,
@@ -183,7 +190,9 @@ def streams_backward(
         shape = (ranges, *fn.shape)
         dfns = torch.empty(shape, **empty) if tokens else torch.zeros(shape, **empty)
     if tokens:
-        streams_backward_kernel[(chunks, ranges)](
+        run_kernel(
+            streams_backward_kernel,
+            (chunks, ranges),
             x,
             f,
             post,
@@ -224,8 +233,6 @@ def streams_backward_hopper(
     x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
 ) -> tuple[Tensor, Tensor, Shares]:
     """dx, df and the shares of (dpost, dcomb, dfn), by the Hopper kernel."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from . import streams_backward_hopper_kernel as hopper_kernel
 
     block_t, block_c = hopper_kernel.BLOCK_T, hopper_kernel.BLOCK_C
@@ -242,21 +249,23 @@ def streams_backward_hopper(
         # The copy engine takes addresses that are multiples of 16.
         if tensor.data_ptr() % 16:
             tensor = tensor.clone()
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+        return Descriptor(tensor, block, layout)
 
     def streams(tensor):
-        return descriptor(tensor, [block_t, n, block_c], hopper_kernel.STREAMS_TILE)
+        return descriptor(tensor, (block_t, n, block_c), hopper_kernel.STREAMS_TILE)
 
     def plain(tensor):
-        return descriptor(tensor, [block_t, block_c], hopper_kernel.TILE)
+        return descriptor(tensor, (block_t, block_c), hopper_kernel.TILE)
 
-    hopper_kernel.streams_backward_hopper_kernel[(chunks, ranges)](
+    run_kernel(
+        hopper_kernel.streams_backward_hopper_kernel,
+        (chunks, ranges),
         streams(x),
         plain(f),
         streams(dx_next),
         plain(du),
-        descriptor(numbers, [block_t, 64], hopper_kernel.NUMBERS_TILE),
-        descriptor(planes, [block_t, 64], hopper_kernel.TILE),
+        descriptor(numbers, (block_t, 64), hopper_kernel.NUMBERS_TILE),
+        descriptor(planes, (block_t, 64), hopper_kernel.TILE),
         streams(dx),
         plain(df),
         fn,
@@ -302,7 +311,9 @@ def reduce(
     segments = 0 if mapping is None else 1 if count == n else 3
     programs = comb_blocks + post_blocks + fn_blocks + 2 * (segments > 0)
     if programs:
-        reduce_kernel[(programs,)](
+        run_kernel(
+            reduce_kernel,
+            (programs,),
             dfns,
             dfn,
             dposts,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .launch import cdiv, walk
 from .merge_aggregate_kernel import merge_aggregate_kernel
+from .run_kernel import run_kernel
 
 Merge = tuple[Tensor, Tensor, Tensor]
 """f, post and comb."""
@@ -49,7 +50,9 @@ def _launch(
     x_next, u = zip(*outputs)
     if tokens:
         programs = cdiv(tokens, options["BLOCK_T"]) * cdiv(channels, options["BLOCK_C"])
-        merge_aggregate_kernel[(programs,)](
+        run_kernel(
+            merge_aggregate_kernel,
+            (programs,),
             x,
             f,
             post,
