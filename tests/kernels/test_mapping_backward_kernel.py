@@ -10,7 +10,7 @@ from megatron_mhc.kernels import launch, launch_backward, reference
 def test_numbers_of_a_token():
     x, f, post, comb, fn, scale, base = streams_inputs((13,), 4, 72, torch.float32)
     mapping = (fn, scale, base)
-    u, post_next, comb_next, m, r = launch.forward(x, None, mapping, 20, 1e-6, 1e-6)
+    u, post_next, comb_next, _, m, r = launch.forward(x, None, mapping, 20, 1e-6, 1e-6)
     grads = [torch.randn_like(tensor) for tensor in (u, post_next, comb_next)]
     numbers, planes, parts = launch_backward.mapping_backward(
         (f, post, comb), mapping, (x, m, r), tuple(grads), 20, 1e-6
