@@ -3,6 +3,7 @@
 import logging
 import os
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -154,7 +155,19 @@ def mapping_backward(
     return numbers, planes, parts
 
 
-Shares = tuple[Tensor | None, Tensor | None, Tensor | None]
+class Shares(NamedTuple):
+    """What is left to sum: dpost [chunks, T, n], dcomb [chunks, T, n, n], dfn [most, count, nC].
+
+    All tiles of a block of ``channels`` channels, block after block, were cut into pieces of
+    ``work``, and each piece left its share of dfn: a block has ``most`` shares or fewer.
+    """
+
+    dpost: Tensor | None
+    dcomb: Tensor | None
+    dfn: Tensor | None
+    channels: int
+    tiles: int
+    work: int
 
 
 def streams_backward(
@@ -221,7 +234,7 @@ def streams_backward(
             PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
             **options,
         )
-    return dx, df, (dposts, dcombs, dfns)
+    return dx, df, Shares(dposts, dcombs, dfns, options["BLOCK_C"], ranges, 1)
 
 
 def serves_hopper(x: Tensor, n: int) -> bool:
@@ -238,12 +251,14 @@ def streams_backward_hopper(
     block_t, block_c = hopper_kernel.BLOCK_T, hopper_kernel.BLOCK_C
     tokens, n, channels = x.shape
     chunks = cdiv(channels, block_c)
-    ranges, size = pieces(cdiv(tokens, block_t), chunks, multiprocessors(x.device))
+    # Every multiprocessor gets as many tiles as the next, across the ends of blocks of channels.
+    tiles = cdiv(tokens, block_t)
+    work = cdiv(chunks * tiles, multiprocessors(x.device))
     empty = {"dtype": torch.float32, "device": x.device}
     dx, df = torch.empty_like(x), torch.empty_like(f)
     dposts = torch.empty((chunks, tokens, n), **empty)
     dcombs = torch.empty((chunks, tokens, n, n), **empty)
-    dfns = torch.empty((ranges, *fn.shape), **empty)
+    dfns = torch.empty((cdiv(tiles - 1, work) + 1, *fn.shape), **empty)
 
     def descriptor(tensor, block, layout):
         # The copy engine takes addresses that are multiples of 16.
@@ -259,7 +274,7 @@ def streams_backward_hopper(
 
     run_kernel(
         hopper_kernel.streams_backward_hopper_kernel,
-        (chunks, ranges),
+        (cdiv(chunks * tiles, work),),
         streams(x),
         plain(f),
         streams(dx_next),
@@ -273,14 +288,14 @@ def streams_backward_hopper(
         dcombs,
         dfns,
         tokens,
-        size * block_t,
+        work,
         N=n,
         C=channels,
         T=block_t,
         B=block_c,
         num_warps=hopper_kernel.NUM_WARPS,
     )
-    return dx, df, (dposts, dcombs, dfns)
+    return dx, df, Shares(dposts, dcombs, dfns, block_c, tiles, work)
 
 
 def reduce(
@@ -292,7 +307,7 @@ def reduce(
 ) -> tuple[Tensor | None, ...]:
     """(dpost, dcomb, dfn, dscale, dbase) from their shares, in one launch and a fixed order."""
     tokens, n, channels = x.shape
-    dposts, dcombs, dfns = shares
+    dposts, dcombs, dfns = shares.dpost, shares.dcomb, shares.dfn
     dpost = dcomb = dfn = dscale = dbase = None
     post_blocks = comb_blocks = fn_blocks = count = 0
     if merge:
@@ -325,6 +340,9 @@ def reduce(
             dbase,
             tokens,
             dfns.shape[0] if mapping else 0,
+            shares.tiles,
+            shares.work,
+            shares.channels,
             dposts.shape[0] if merge else 0,
             mapping_parts.shape[0] if mapping else 0,
             fn_blocks,

@@ -5,16 +5,30 @@ import triton.language as tl
 
 
 @triton.jit
-def sum_parts(parts_ptr, out_ptr, block, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
-    """out[j] = sum_s parts[s, j] for BLOCK columns j of parts [parts, width], in a fixed order."""
+def sum_parts(
+    parts_ptr, out_ptr, block, most, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[j] = sum_s parts[s, j] for BLOCK columns j of parts [most, width], in a fixed order; the
+    columns have ``parts`` of them, one number or a vector.
+    """
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = tl.zeros_like(at) + parts
     part = tl.arange(0, BLOCK_S)
     total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
-    for first in range(0, parts, BLOCK_S):
+    for first in range(0, most, BLOCK_S):
         s = first + part
-        mask = (s < parts)[:, None] & (at < width)[None, :]
+        mask = (s[:, None] < there[None, :]) & (at < width)[None, :]
         total += tl.load(parts_ptr + s[:, None] * width + at[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + at, tl.sum(total, 0), mask=at < width)
+
+
+@triton.jit
+def pieces_of(channel, channels, tiles, work):
+    """How many pieces share a block's ``tiles`` where the tiles of all blocks of ``channels``, one
+    block after the other, are cut into pieces of ``work``.
+    """
+    chunk = channel // channels
+    return ((chunk + 1) * tiles - 1) // work - chunk * tiles // work + 1
 
 
 @triton.jit
@@ -51,7 +65,8 @@ def sum_mapping(
 
 @triton.jit(
     do_not_specialize=[
-        "tokens", "ranges", "chunks", "programs", "fn_blocks", "comb_blocks"
+        "tokens", "most", "tiles", "work", "channels", "chunks", "programs", "fn_blocks",
+        "comb_blocks",
     ]
 )  # fmt: skip
 def reduce_kernel(
@@ -65,7 +80,10 @@ def reduce_kernel(
     dscale_ptr,
     dbase_ptr,
     tokens,
-    ranges,
+    most,
+    tiles,
+    work,
+    channels,
     chunks,
     programs,
     fn_blocks,
@@ -79,9 +97,10 @@ def reduce_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """d fn of [ranges, COUNT, N * C], d post and d comb of [chunks, tokens, N] and [.., N * N], and
-    d scale and d base of [programs, 2, COUNT]: each group of programs sums one of them. Without a
-    merge there are no d post and d comb; without a mapping SEGMENTS is 0 and there is no other.
+    """d fn of [most, COUNT, N * C] (as many as pieces_of says), d post and d comb of
+    [chunks, tokens, N] and [.., N * N], and d scale and d base of [programs, 2, COUNT]: each group
+    of programs sums one of them. Without a merge there are no d post and d comb; without a mapping
+    SEGMENTS is 0 and there is no other.
     """
     pid = tl.program_id(0)
     if SEGMENTS > 0:
@@ -92,13 +111,16 @@ def reduce_kernel(
             return
         pid -= 2
         if pid < fn_blocks:
-            sum_parts(dfn_parts_ptr, dfn_ptr, pid, ranges, COUNT * N * C, BLOCK_S, BLOCK)
+            channel = (pid * BLOCK + tl.arange(0, BLOCK)) % C
+            parts = pieces_of(channel, channels, tiles, work)
+            sum_parts(dfn_parts_ptr, dfn_ptr, pid, most, parts, COUNT * N * C, BLOCK_S, BLOCK)
             return
         pid -= fn_blocks
     if MERGE:
         if pid < comb_blocks:
             width = tokens.to(tl.int64) * (N * N)
-            sum_parts(dcomb_parts_ptr, dcomb_ptr, pid, chunks, width, BLOCK_S, BLOCK)
+            sum_parts(dcomb_parts_ptr, dcomb_ptr, pid, chunks, chunks, width, BLOCK_S, BLOCK)
         else:
             width = tokens.to(tl.int64) * N
-            sum_parts(dpost_parts_ptr, dpost_ptr, pid - comb_blocks, chunks, width, BLOCK_S, BLOCK)
+            block = pid - comb_blocks
+            sum_parts(dpost_parts_ptr, dpost_ptr, block, chunks, chunks, width, BLOCK_S, BLOCK)

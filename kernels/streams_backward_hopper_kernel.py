@@ -127,7 +127,7 @@ def make_barriers(COUNT: gl.constexpr):
 
 @gluon.jit
 def load_tiles(
-    sources, rings, full, empty, start, channel, steps,
+    sources, rings, full, empty, begin, steps, tiles,
     N: gl.constexpr, T: gl.constexpr, B: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: tiles of x, dx_next, f and du two deep, the tokens' numbers three deep."""
@@ -138,7 +138,8 @@ def load_tiles(
     wide: gl.constexpr = N * T * B * 2
     narrow: gl.constexpr = T * B * 2
     for step in range(steps):
-        t = start + step * T
+        t = (begin + step) % tiles * T
+        channel = (begin + step) // tiles * B
         slot = step % 3
         mbarrier.wait(numbers_empty.index(slot), ((step // 3) & 1) ^ 1)
         mbarrier.expect(number_full.index(slot), T * 64 * 4)
@@ -163,10 +164,12 @@ def load_tiles(
 @gluon.jit
 def sum_tiles(
     targets, rings, full, empty, buffers, fn_ptr, dpost_ptr, dcomb_ptr, dfn_ptr,
-    tokens, start, stop, steps, chunk, piece,
+    tokens, begin, steps, tiles, work,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """The computing warps; the equations are those of streams_backward_kernel."""
+    """The computing warps; the equations are those of streams_backward_kernel. Their tiles are of
+    one block of channels, or the last of one and the first of the next.
+    """
     COUNT: gl.constexpr = (2 + N) * N
     ROWS: gl.constexpr = 32
     lanes: gl.constexpr = B // 8
@@ -191,147 +194,158 @@ def sum_tiles(
     weight, products, merged_tile, dx_tile, df_tile = buffers
     merged_flat = merged_tile._reinterpret(gl.bfloat16, [T, N * B], tile)
     merged_rows = merged_flat.permute((1, 0))
-    channel = chunk * B
-
-    # This block's slice of fn, the first operand of dz @ fn: rows (stream, channel), columns k.
-    m = gl.arange(0, N * B, layout=gl.SliceLayout(1, weight_load))
-    k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, weight_load))
-    at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
-    inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
-    weight.store(gl.load(fn_ptr + at, mask=inside, other=0.0))
-    sums = gl.zeros((N * B, ROWS), gl.float32, layout=bf16)
-    zero = gl.zeros((N * B, T), gl.float32, layout=tf32)
-    fence_async_shared()
-    gl.thread_barrier()
-
-    mbarrier.wait(number_full.index(0), 0)
-    dz = number_ring.index(0).slice(0, ROWS, dim=1).permute((1, 0))
-    product = warpgroup_mma(weight, dz, warpgroup_mma_init(zero), use_acc=False, is_async=True)
-    product = warpgroup_mma_wait(0, deps=(product,))
-
-    for step in range(steps):
-        t = start + step * T
-        slot = step % 2
-        phase = (step // 2) & 1
-        number_slot = step % 3
-        products.permute((1, 0)).store(product)
-        mbarrier.wait(f_full.index(slot), phase)
-        mbarrier.wait(x_full.index(slot), phase)
-        numbers = number_ring.index(number_slot).slice(ROWS, 32, dim=1).load(row32)
-        scalars = columns(numbers, N * N + 2 * N + 1, 32, T, token)  # post | comb | pre | coeff.
-        f = fs.index(slot).load(plain).to(gl.float32)
-        streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
-        merged = ()
-        for o in gl.static_range(N):
-            stream = scalars[o][:, None] * f
-            for i in gl.static_range(N):
-                stream += scalars[N + i * N + o][:, None] * streams[i].to(gl.float32)
-            merged = merged + (stream.to(gl.bfloat16),)
-        merged_tile.store(gl.permute(gl.reshape(stack(merged, N), (T, B, N)), (2, 0, 1)))
-        tma.store_wait(0)
+    done = gl.to_tensor(0)
+    while done < steps:
+        chunk = (begin + done) // tiles
+        channel = chunk * B
+        until = gl.minimum((chunk + 1) * tiles - begin, steps)
+        # No warp is still at the products of the block of channels before.
+        gl.thread_barrier()
+        # The block's slice of fn, the first operand of dz @ fn: rows (stream, channel), columns k.
+        m = gl.arange(0, N * B, layout=gl.SliceLayout(1, weight_load))
+        k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, weight_load))
+        at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
+        inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+        weight.store(gl.load(fn_ptr + at, mask=inside, other=0.0))
+        sums = gl.zeros((N * B, ROWS), gl.float32, layout=bf16)
+        zero = gl.zeros((N * B, T), gl.float32, layout=tf32)
         fence_async_shared()
         gl.thread_barrier()
 
-        # All warps are past the last step's products: its numbers may be overwritten.
-        mbarrier.arrive(numbers_empty.index((step + 2) % 3), pred=step > 0)
-        mbarrier.wait(plane_full.index(number_slot), (step // 3) & 1)
-        planes = plane_ring.index(number_slot)
-        hi = planes.slice(0, ROWS, dim=1)
-        lo = planes.slice(ROWS, ROWS, dim=1)
-        running = warpgroup_mma(merged_rows, hi, warpgroup_mma_init(sums), is_async=True)
-        running = warpgroup_mma(merged_rows, lo, running, is_async=True)
-        following = (step + 1) % 3
-        more = step + 1 < steps
-        mbarrier.wait(number_full.index(following), ((step + 1) // 3) & 1, pred=more)
-        dz = number_ring.index(following).slice(0, ROWS, dim=1).permute((1, 0))
-        product = warpgroup_mma(
-            weight, dz, warpgroup_mma_init(product), use_acc=False, is_async=True
-        )
+        number_slot = done % 3
+        mbarrier.wait(number_full.index(number_slot), (done // 3) & 1)
+        dz = number_ring.index(number_slot).slice(0, ROWS, dim=1).permute((1, 0))
+        product = warpgroup_mma(weight, dz, warpgroup_mma_init(zero), use_acc=False, is_async=True)
+        product = warpgroup_mma_wait(0, deps=(product,))
 
-        mbarrier.wait(du_full.index(slot), phase)
-        mbarrier.wait(g_full.index(slot), phase)
-        du = dus.index(slot).load(plain).to(gl.float32)
-        arriving = separate(gs.index(slot).load(streams3), N, T, B, plain)
-        df = gl.zeros((T, B), gl.float32, layout=plain)
-        dx = ()
-        for _ in gl.static_range(N):
-            dx = dx + (df,)
-        dposts = ()
-        dcombs = ()
-        for o in gl.static_range(N):
-            g = products.slice(o * B, B, dim=1).load(plain) + arriving[o].to(gl.float32)
-            g += scalars[N + N * N + o][:, None] * du
-            stream = merged_flat.slice(o * B, B, dim=1).load(plain).to(gl.float32)
-            g += scalars[N * N + 2 * N][:, None] * stream
-            df += scalars[o][:, None] * g
-            dposts = dposts + (sum_thread(f * g, T, B, spread),)
-            summed = ()
-            for i in gl.static_range(N):
-                summed = summed + (dx[i] + scalars[N + i * N + o][:, None] * g,)
-                product_of = streams[i].to(gl.float32) * g
-                dcombs = dcombs + (sum_thread(product_of, T, B, spread),)
-            dx = summed
-        df_tile.store(df.to(gl.bfloat16))
-        rounded = ()
-        for i in gl.static_range(N):
-            rounded = rounded + (dx[i].to(gl.bfloat16),)
-        dx_tile.store(gl.permute(gl.reshape(stack(rounded, N), (T, B, N)), (0, 2, 1)))
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(tiles_empty.index(slot))
-        tma.async_copy_shared_to_global(df_out, [t, channel], df_tile)
-        tma.async_copy_shared_to_global(dx_out, [t, 0, channel], dx_tile)
-
-        # 20 sums over a token's 8 lanes: each lane ends with 3, one of them its neighbour's too.
-        shares = ()
-        for i in gl.static_range(N):
+        before = (begin - chunk * tiles) * T
+        for step in range(done, until):
+            t = before + step * T
+            slot = step % 2
+            phase = (step // 2) & 1
+            number_slot = step % 3
+            products.permute((1, 0)).store(product)
+            mbarrier.wait(f_full.index(slot), phase)
+            mbarrier.wait(x_full.index(slot), phase)
+            numbers = number_ring.index(number_slot).slice(ROWS, 32, dim=1).load(row32)
+            scalars = columns(
+                numbers, N * N + 2 * N + 1, 32, T, token
+            )  # post | comb | pre | coeff.
+            f = fs.index(slot).load(plain).to(gl.float32)
+            streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
+            merged = ()
             for o in gl.static_range(N):
-                shares = shares + (dcombs[o * N + i],)
-        shares = shares + dposts
-        lane = gl.arange(0, lanes, layout=gl.SliceLayout(0, spread))[None, :]
-        shares = fold(shares, 20, (lane & 4) != 0, SWAP_4)
-        shares = fold(shares, 10, (lane & 2) != 0, SWAP_2)
-        shares = fold(shares, 5, (lane & 1) != 0, SWAP_1)
-        rows = t + gl.arange(0, T, layout=gl.SliceLayout(1, spread))
-        valid = (rows < stop)[:, None]
-        token_share = (chunk.to(gl.int64) * tokens + rows)[:, None]
-        first = (lane >> 2) * 10 + ((lane >> 1) & 1) * 5 + (lane & 1) * 3
-        for j in gl.static_range(3):
-            of_post = first + j - N * N
-            at_comb = dcomb_ptr + token_share * (N * N) + first + j
-            at_post = dpost_ptr + token_share * N + of_post
-            mine = valid & (((lane & 1) == 0) | (j < 2))
-            gl.store(gl.where(of_post < 0, at_comb, at_post), shares[j], mask=mine)
-        product, sums = warpgroup_mma_wait(0, deps=(product, running))
+                stream = scalars[o][:, None] * f
+                for i in gl.static_range(N):
+                    stream += scalars[N + i * N + o][:, None] * streams[i].to(gl.float32)
+                merged = merged + (stream.to(gl.bfloat16),)
+            merged_tile.store(gl.permute(gl.reshape(stack(merged, N), (T, B, N)), (2, 0, 1)))
+            tma.store_wait(0)
+            fence_async_shared()
+            gl.thread_barrier()
 
+            # All warps are past the last step's products: its numbers may be overwritten.
+            mbarrier.arrive(numbers_empty.index((step + 2) % 3), pred=step > 0)
+            mbarrier.wait(plane_full.index(number_slot), (step // 3) & 1)
+            planes = plane_ring.index(number_slot)
+            hi = planes.slice(0, ROWS, dim=1)
+            lo = planes.slice(ROWS, ROWS, dim=1)
+            running = warpgroup_mma(merged_rows, hi, warpgroup_mma_init(sums), is_async=True)
+            running = warpgroup_mma(merged_rows, lo, running, is_async=True)
+            following = (step + 1) % 3
+            more = step + 1 < until
+            mbarrier.wait(number_full.index(following), ((step + 1) // 3) & 1, pred=more)
+            dz = number_ring.index(following).slice(0, ROWS, dim=1).permute((1, 0))
+            product = warpgroup_mma(
+                weight, dz, warpgroup_mma_init(product), use_acc=False, is_async=True
+            )
+
+            mbarrier.wait(du_full.index(slot), phase)
+            mbarrier.wait(g_full.index(slot), phase)
+            du = dus.index(slot).load(plain).to(gl.float32)
+            arriving = separate(gs.index(slot).load(streams3), N, T, B, plain)
+            df = gl.zeros((T, B), gl.float32, layout=plain)
+            dx = ()
+            for _ in gl.static_range(N):
+                dx = dx + (df,)
+            dposts = ()
+            dcombs = ()
+            for o in gl.static_range(N):
+                g = products.slice(o * B, B, dim=1).load(plain) + arriving[o].to(gl.float32)
+                g += scalars[N + N * N + o][:, None] * du
+                stream = merged_flat.slice(o * B, B, dim=1).load(plain).to(gl.float32)
+                g += scalars[N * N + 2 * N][:, None] * stream
+                df += scalars[o][:, None] * g
+                dposts = dposts + (sum_thread(f * g, T, B, spread),)
+                summed = ()
+                for i in gl.static_range(N):
+                    summed = summed + (dx[i] + scalars[N + i * N + o][:, None] * g,)
+                    product_of = streams[i].to(gl.float32) * g
+                    dcombs = dcombs + (sum_thread(product_of, T, B, spread),)
+                dx = summed
+            df_tile.store(df.to(gl.bfloat16))
+            rounded = ()
+            for i in gl.static_range(N):
+                rounded = rounded + (dx[i].to(gl.bfloat16),)
+            dx_tile.store(gl.permute(gl.reshape(stack(rounded, N), (T, B, N)), (0, 2, 1)))
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(tiles_empty.index(slot))
+            tma.async_copy_shared_to_global(df_out, [t, channel], df_tile)
+            tma.async_copy_shared_to_global(dx_out, [t, 0, channel], dx_tile)
+
+            # 20 sums over a token's 8 lanes: a lane ends with 3, one of them its neighbour's too.
+            shares = ()
+            for i in gl.static_range(N):
+                for o in gl.static_range(N):
+                    shares = shares + (dcombs[o * N + i],)
+            shares = shares + dposts
+            lane = gl.arange(0, lanes, layout=gl.SliceLayout(0, spread))[None, :]
+            shares = fold(shares, 20, (lane & 4) != 0, SWAP_4)
+            shares = fold(shares, 10, (lane & 2) != 0, SWAP_2)
+            shares = fold(shares, 5, (lane & 1) != 0, SWAP_1)
+            rows = t + gl.arange(0, T, layout=gl.SliceLayout(1, spread))
+            valid = (rows < tokens)[:, None]
+            token_share = (chunk.to(gl.int64) * tokens + rows)[:, None]
+            first = (lane >> 2) * 10 + ((lane >> 1) & 1) * 5 + (lane & 1) * 3
+            for j in gl.static_range(3):
+                of_post = first + j - N * N
+                at_comb = dcomb_ptr + token_share * (N * N) + first + j
+                at_post = dpost_ptr + token_share * N + of_post
+                mine = valid & (((lane & 1) == 0) | (j < 2))
+                gl.store(gl.where(of_post < 0, at_comb, at_post), shares[j], mask=mine)
+            product, sums = warpgroup_mma_wait(0, deps=(product, running))
+
+        m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))
+        k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, bf16))
+        at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
+        inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+        piece = (begin + done) // work - chunk * tiles // work
+        gl.store(dfn_ptr + piece.to(gl.int64) * (COUNT * N * C) + at, sums, mask=inside)
+        done = until
     tma.store_wait(0)
-    m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))
-    k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, bf16))
-    at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
-    inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
-    gl.store(dfn_ptr + piece.to(gl.int64) * (COUNT * N * C) + at, sums, mask=inside)
 
 
-@gluon.jit(do_not_specialize=["tokens", "range_tokens"])
+@gluon.jit(do_not_specialize=["tokens", "work"])
 def streams_backward_hopper_kernel(
     x, f, dx_next, du, numbers, planes, dx, df, fn_ptr, dpost_ptr, dcomb_ptr, dfn_ptr,
-    tokens, range_tokens,
+    tokens, work,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Program (c, s): B channels of token range s, as in streams_backward_kernel.
+    """Tiles (T tokens, B channels), one block of channels after the other, are cut into ``work``
+    for each program; otherwise as streams_backward_kernel.
 
     x, dx_next, dx [tokens, N, C], f, du, df [tokens, C], numbers and planes [tokens, 64] are tensor
-    descriptors; dpost [chunks, tokens, N], dcomb [chunks, tokens, N, N] and dfn [ranges, COUNT,
-    N * C] take the shares. Tiles past the end are filled with zeros and not written.
+    descriptors; dpost [chunks, tokens, N], dcomb [chunks, tokens, N, N] and dfn [.., COUNT,
+    N * C] take the shares, dfn's in the order of the programs. Tiles past the end are filled with
+    zeros and not written.
     """
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     tile3: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     words: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
-    chunk = gl.program_id(0)
-    piece = gl.program_id(1)
-    start = piece * range_tokens
-    stop = gl.minimum(start + range_tokens, tokens)
-    steps = gl.cdiv(stop - start, T)
+    tiles = gl.cdiv(tokens, T)
+    begin = gl.program_id(0) * work
+    steps = gl.minimum(work, gl.cdiv(C, B) * tiles - begin)
 
     xs = gl.allocate_shared_memory(gl.bfloat16, [2, T, N, B], tile3)
     gs = gl.allocate_shared_memory(gl.bfloat16, [2, T, N, B], tile3)
@@ -361,8 +375,8 @@ def streams_backward_hopper_kernel(
     # fmt: off
     gl.warp_specialize([
         (sum_tiles, ((dx, df), rings, full, empty, buffers, fn_ptr, dpost_ptr, dcomb_ptr, dfn_ptr,
-                     tokens, start, stop, steps, chunk, piece, N, C, T, B, num_warps)),
+                     tokens, begin, steps, tiles, work, N, C, T, B, num_warps)),
         (load_tiles, ((x, dx_next, f, du, numbers, planes), rings, full, empty,
-                      start, chunk * B, steps, N, T, B)),
+                      begin, steps, tiles, N, T, B)),
     ], [1], [24])
     # fmt: on

@@ -8,18 +8,39 @@ from kernel_checks import relative_error
 from megatron_mhc.kernels import launch_backward
 
 
-@pytest.mark.parametrize("parts", [1, 3, 17])
-def test_every_share_is_summed(parts):
-    tokens, n, channels, count = 5, 4, 8, 24
+def make(tokens, n, channels, count):
     x = torch.empty(tokens, n, channels)
     merge = (x[:, 0], torch.empty(tokens, n), torch.empty(tokens, n, n))
     mapping = (torch.empty(count, n * channels), torch.empty(3), torch.empty(count))
+    return x, merge, mapping
+
+
+@pytest.mark.parametrize("parts", [1, 3, 17])
+def test_every_share_is_summed(parts):
+    x, merge, mapping = make(5, 4, 8, 24)
     shares = [torch.randn(parts, *like.shape) for like in (*merge[1:], mapping[0])]
-    mapping_parts = torch.randn(parts, 2, count)
-    ours = launch_backward.reduce(tuple(shares), mapping_parts, merge, mapping, x)
+    mapping_parts = torch.randn(parts, 2, 24)
+    shares_of = launch_backward.Shares(*shares, channels=8, tiles=parts, work=1)
+    ours = launch_backward.reduce(shares_of, mapping_parts, merge, mapping, x)
     scale = mapping_parts[:, 1].double().sum(0)
     exact = [share.double().sum(0) for share in shares]
     exact += [torch.stack([scale[:4].sum(), scale[4:8].sum(), scale[8:].sum()])]
     exact += [mapping_parts[:, 0].double().sum(0)]
     for a, b in zip(ours, exact):
         assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize(("tiles", "work"), [(5, 3), (4, 7), (1, 2), (6, 2), (2, 1)])
+def test_pieces_that_cross_blocks_of_channels(tiles, work):
+    """Every tile adds 1 to the share of its piece; shares that nobody wrote are not read."""
+    n, channels, blocks, count = 4, 8, 4, 24
+    x, _, mapping = make(5, n, channels * blocks, count)
+    most = -(-(tiles - 1) // work) + 1
+    dfns = torch.full((most, count, n, blocks, channels), float("nan"))
+    for tile in range(blocks * tiles):
+        block = tile // tiles
+        share = dfns[tile // work - block * tiles // work, :, :, block]
+        share.nan_to_num_(nan=0.0).add_(1.0)
+    shares = launch_backward.Shares(None, None, dfns.flatten(2), channels, tiles, work)
+    _, _, dfn, _, _ = launch_backward.reduce(shares, torch.zeros(1, 2, count), None, mapping, x)
+    assert torch.equal(dfn, torch.full_like(dfn, tiles))
