@@ -74,18 +74,32 @@ def output_weights(function, inputs):
 
 
 def relative_error(ours, exact):
-    exact = exact.double()
-    return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+    return pooled_error([(ours, exact)])
 
 
-def errors(function, inputs, backends=("triton", "torch")):
-    """Relative errors against float64, a list for each backend."""
-    weights = output_weights(function, inputs)
-    exact = run(function, [t.double() for t in inputs], [w.double() for w in weights], "torch")
-    return [
-        [relative_error(a, b) for a, b in zip(run(function, inputs, weights, backend), exact)]
-        for backend in backends
-    ]
+def pooled_error(pairs):
+    """||ours - exact|| / ||exact|| of all pairs (ours, exact) as one vector."""
+    missed = sum((ours.double() - exact.double()).square().sum() for ours, exact in pairs)
+    whole = sum(exact.double().square().sum() for _, exact in pairs)
+    return (missed.sqrt() / whole.sqrt().clamp_min(1e-30)).item()
+
+
+def errors(function, draw, draws=1, backends=("triton", "torch")):
+    """Relative errors of outputs and gradients against float64, a list for each backend.
+
+    Args:
+        draw: gives fresh inputs; all ``draws`` of them count as one vector. A gradient of few
+            numbers (scale has one to three) is off by luck as much as by arithmetic: where its
+            sum nearly cancels, one draw's error is many times what is usual.
+    """
+    pairs = {backend: [] for backend in backends}
+    for _ in range(draws):
+        inputs = draw()
+        weights = output_weights(function, inputs)
+        exact = run(function, [t.double() for t in inputs], [w.double() for w in weights], "torch")
+        for backend in backends:
+            pairs[backend].append(zip(run(function, inputs, weights, backend), exact))
+    return [[pooled_error(column) for column in zip(*pairs[backend])] for backend in backends]
 
 
 def replay_inputs(tokens, n, channels, sublayers, dtype, backend, device="cpu"):
