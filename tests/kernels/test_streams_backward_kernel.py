@@ -46,3 +46,13 @@ def test_gradients_of_one_pass(dtype, arrives):
     sums = (share.sum(0) for share in (shares.dpost, shares.dcomb, shares.dfn))
     for ours, theirs in zip((dx, df, *sums), exact):
         assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("tiles", "chunks", "work"),
+    # 8192 x 4096: 128 whole pieces, one wave. 8192 x 2560: 120 would leave 12 of 132 idle. 4096 x
+    # 7168: whole pieces would be six waves.
+    [(256, 64, 128), (256, 40, 78), (128, 112, 109), (1, 4, 1), (4, 64, 2)],
+)
+def test_hopper_programs_take_equal_work(tiles, chunks, work):
+    assert launch_backward.tiles_a_program(tiles, chunks, 132) == work
