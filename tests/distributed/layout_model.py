@@ -20,17 +20,23 @@ from megatron_mhc import MHCConfig, get_mhc_block_spec
 VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 128, 32, 2, 4
 
 
-def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
-    style = (
-        {"normalization": "LayerNorm", "add_bias_linear": True, "calculate_per_token_loss": True}
-        if case.classic
-        else {
-            "normalization": "RMSNorm",
-            "add_bias_linear": False,
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
+def layer_style(classic: bool) -> dict:
+    """The layers of GPT-2 or of Llama, as settings of a TransformerConfig."""
+    if classic:
+        return {
+            "normalization": "LayerNorm",
+            "add_bias_linear": True,
+            "calculate_per_token_loss": True,
         }
-    )
+    return {
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+    }
+
+
+def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
     return TransformerConfig(
         num_layers=3,
         hidden_size=64,
@@ -48,7 +54,7 @@ def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         finalize_model_grads_func=finalize_model_grads,
-        **style,
+        **layer_style(case.classic),
     )
 
 

@@ -7,7 +7,7 @@ import re
 
 import torch
 from layout_cases import Case
-from layout_model import block_spec, set_weights
+from layout_model import block_spec, layer_style, set_weights
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -30,16 +30,7 @@ def dtype(pipeline: Pipeline) -> torch.dtype:
 
 
 def transformer_config(pipeline: Pipeline) -> TransformerConfig:
-    style = (
-        {"normalization": "LayerNorm", "add_bias_linear": True, "calculate_per_token_loss": True}
-        if pipeline.tied
-        else {
-            "normalization": "RMSNorm",
-            "add_bias_linear": False,
-            "gated_linear_unit": True,
-            "activation_func": torch.nn.functional.silu,
-        }
-    )
+    style = layer_style(classic=pipeline.tied)
     if pipeline.recompute:
         style |= {
             "recompute_granularity": "full",
