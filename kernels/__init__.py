@@ -125,6 +125,7 @@ def mhc_pre(
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
     return_pre: bool = False,
+    accumulate_main_grad: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """What a sublayer reads: u = sum_i pre[i] X[i] (eq. 3), with post and comb for its merge.
@@ -132,6 +133,12 @@ def mhc_pre(
     Args:
         x: [..., n, C] streams. fn, scale, base: float32 (:func:`mapping_shapes`).
         return_pre: also give pre, which :func:`mhc_replay` takes.
+        accumulate_main_grad: by Triton, and where fn, scale and base all have a float32
+            ``main_grad``: the backward pass adds their gradients to it as Megatron's linear layers
+            do under ``gradient_accumulation_fusion`` (:mod:`.main_grad`), and autograd gets
+            memory that nobody has written in their place. To be used under Megatron's
+            DistributedDataParallel only, whose hooks know that. Everywhere else gradients are
+            returned as without it.
 
     Returns:
         u [..., C] of x's dtype, post [..., n] float32, comb [..., n, n] float32, index (in, out);
@@ -142,7 +149,9 @@ def mhc_pre(
     """
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
     if _choose(backend, (x, fn, scale, base), residual_mixing) == "triton":
-        *outputs, pre = _triton().pre(x, fn, scale, base, iterations, eps, norm_eps)
+        *outputs, pre = _triton().pre(
+            x, fn, scale, base, iterations, eps, norm_eps, accumulate_main_grad
+        )
         return (*outputs, pre) if return_pre else tuple(outputs)
     return reference.mhc_pre(
         x,
@@ -186,9 +195,13 @@ def mhc_post_pre(
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
     return_pre: bool = False,
+    accumulate_main_grad: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """:func:`mhc_post` of one sublayer and :func:`mhc_pre` of the next.
+
+    Args:
+        accumulate_main_grad: as :func:`mhc_pre`.
 
     Returns:
         x_next [..., n, C], u [..., C] (both x's dtype), post_next and comb_next (float32); with
@@ -201,7 +214,9 @@ def mhc_post_pre(
     _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
     if _choose(backend, tensors, residual_mixing) == "triton":
-        *outputs, pre = _triton().post_pre(*tensors, iterations, eps, norm_eps)
+        *outputs, pre = _triton().post_pre(
+            *tensors, iterations, eps, norm_eps, accumulate_main_grad
+        )
         return (*outputs, pre) if return_pre else tuple(outputs)
     return reference.mhc_post_pre(
         x,
@@ -262,12 +277,14 @@ def mhc_head(
     *,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    accumulate_main_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The exit: streams [..., n, C] weighted by a learned sigmoid into [..., C] of x's dtype.
 
     Args:
         fn: [n, nC], scale: [1], base: [n], all float32 (DeepSeek-V4's ``hc_head``).
+        accumulate_main_grad: as :func:`mhc_pre`.
 
     Raises:
         ValueError: a wrong shape or dtype, or an eps outside [0, 1).
@@ -276,7 +293,7 @@ def mhc_head(
     check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
     check_eps(eps=eps, norm_eps=norm_eps)
     if _choose(backend, (x, fn, scale, base)) == "triton":
-        return _triton().head(x, fn, scale, base, eps, norm_eps)
+        return _triton().head(x, fn, scale, base, eps, norm_eps, accumulate_main_grad)
     return reference.mhc_head(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
 
 
@@ -291,6 +308,7 @@ def mhc_post_head(
     *,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    accumulate_main_grad: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`mhc_post` of the last sublayer and :func:`mhc_head` of what it gave.
@@ -298,6 +316,7 @@ def mhc_post_head(
     Args:
         x: [..., n, C] and f: [..., C], the streams and the sublayer's output; post: [..., n] and
             comb: [..., n, n], float32. fn: [n, nC], scale: [1], base: [n], float32.
+        accumulate_main_grad: as :func:`mhc_pre`.
 
     Returns:
         h [..., C] of x's dtype.
@@ -310,7 +329,7 @@ def mhc_post_head(
     check_eps(eps=eps, norm_eps=norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
     if _choose(backend, tensors) == "triton":
-        return _triton().post_head(*tensors, eps, norm_eps)
+        return _triton().post_head(*tensors, eps, norm_eps, accumulate_main_grad)
     return reference.mhc_post_head(*tensors, eps=eps, norm_eps=norm_eps)
 
 

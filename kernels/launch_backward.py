@@ -62,6 +62,7 @@ def backward(
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     iterations: int = 1,
     eps: float = 0.0,
+    main_grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients (dx, df, dpost, dcomb, dfn, dscale, dbase); those without a part are None.
 
@@ -72,6 +73,7 @@ def backward(
             merge), the normalised products [T, count] and the RMS factor [T]; None without mapping.
         grads: of the merged streams, of u, and of the mapping's post and comb; None where there is
             no such output or no gradient.
+        main_grads: to add the gradients of fn, scale and base to, which are returned as None.
     """
     tokens, n, channels = x.shape
     dx_next, du, dpost_next, dcomb_next = grads
@@ -87,7 +89,7 @@ def backward(
         dx, df, shares = streams_backward_hopper(x, f, fn, dx_next, du, numbers, planes)
     else:
         dx, df, shares = streams_backward(x, merge, fn, dx_next, du, numbers, planes)
-    return dx, df, *reduce(shares, mapping_parts, merge, mapping, x)
+    return dx, df, *reduce(shares, mapping_parts, merge, mapping, x, main_grads)
 
 
 def mapping_backward(
@@ -320,8 +322,12 @@ def reduce(
     merge: tuple[Tensor, Tensor, Tensor] | None,
     mapping: tuple[Tensor, Tensor, Tensor] | None,
     x: Tensor,
+    main_grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(dpost, dcomb, dfn, dscale, dbase) from their shares, in one launch and a fixed order."""
+    """(dpost, dcomb, dfn, dscale, dbase) from their shares, in one launch and a fixed order.
+
+    With ``main_grads`` the last three are None: each sum is added there, in one addition.
+    """
     tokens, n, channels = x.shape
     dposts, dcombs, dfns = shares.dpost, shares.dcomb, shares.dfn
     dpost = dcomb = dfn = dscale = dbase = None
@@ -334,10 +340,12 @@ def reduce(
     if mapping:
         fn, scale, base = mapping
         count = fn.shape[0]
-        dscale, dbase = torch.empty_like(scale), torch.empty_like(base)
-        dfn = dfns[0]
-        if dfns.shape[0] > 1:
-            dfn = torch.empty_like(fn)
+        if main_grads:
+            dfn, dscale, dbase = main_grads
+        else:
+            dfn = dfns[0] if dfns.shape[0] == 1 else torch.empty_like(fn)
+            dscale, dbase = torch.empty_like(scale), torch.empty_like(base)
+        if main_grads or dfns.shape[0] > 1:
             fn_blocks = cdiv(fn.numel(), REDUCE_BLOCK)
     segments = 0 if mapping is None else 1 if count == n else 3
     programs = comb_blocks + post_blocks + fn_blocks + 2 * (segments > 0)
@@ -371,7 +379,10 @@ def reduce(
             BLOCK_S=REDUCE_SHARES,
             BLOCK=REDUCE_BLOCK,
             ROWS=REDUCE_ROWS,
+            ADD=main_grads is not None,
             num_warps=8,
             num_stages=1,
         )
+    if main_grads:
+        return dpost, dcomb, None, None, None
     return dpost, dcomb, dfn, dscale, dbase

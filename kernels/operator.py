@@ -15,6 +15,11 @@ def operator(
     torch.autograd.Function of the same functions, or the implementation itself: with a host as slow
     as a GPU's, the Python of torch.library's wrappers is part of the step.
 
+    An operator with a gradient also takes ``parameters``, whose gradients its backward pass may add
+    to their ``main_grad``: ``ctx.parameters`` in ``grad``. A traced graph changes none of its
+    inputs, so torch.compile breaks its graph at such a call: a step of which a part returned
+    gradients and another added them would lose the former (main_grad.py).
+
     Args:
         name: of the torch.library operator.
         fake: the same call on tensors without data.
@@ -24,32 +29,46 @@ def operator(
     def decorate(function: Callable) -> Callable:
         traced = torch.library.custom_op(f"mhc::{name}", function, mutates_args=())
         traced.register_fake(fake)
-        eager = function
-        if grad is not None:
-            traced.register_autograd(grad, setup_context=save)
+        if grad is None:
 
-            # Not setup_context: torch binds the signature of such a function in every call.
-            def forward(ctx, *inputs):
-                output = function(*inputs)
-                save(ctx, inputs, output)
-                return output
+            def call(*arguments):
+                return traced(*arguments) if _is_tracing(arguments) else function(*arguments)
 
-            members = {"forward": staticmethod(forward), "backward": staticmethod(grad)}
-            eager = type(name, (torch.autograd.Function,), members).apply
+            return call
 
-        def call(*arguments):
-            if torch.compiler.is_compiling() or _are_traced(arguments):
+        traced.register_autograd(grad, setup_context=save)
+
+        # Not setup_context: torch binds the signature of such a function in every call.
+        def forward(ctx, parameters, *inputs):
+            output = function(*inputs)
+            save(ctx, inputs, output)
+            # Not as saved tensors: what comes through hooks on those is another Python object,
+            # without the attributes that Megatron gave to the parameter.
+            ctx.parameters = parameters
+            return output
+
+        def backward(ctx, *grads):
+            return None, *grad(ctx, *grads)
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        eager = type(name, (torch.autograd.Function,), members).apply
+        untraced = torch.compiler.disable(eager)
+
+        def call(*arguments, parameters=()):
+            if parameters and torch.compiler.is_compiling():
+                return untraced(parameters, *arguments)
+            if _is_tracing(arguments):
                 return traced(*arguments)
-            return eager(*arguments)
+            return eager(parameters, *arguments)
 
         return call
 
     return decorate
 
 
-def _are_traced(arguments: tuple) -> bool:
+def _is_tracing(arguments: tuple) -> bool:
     """Tracers hand over subclasses of Tensor, also in places where no flag says so."""
-    return any(
+    return torch.compiler.is_compiling() or any(
         isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter)
         for argument in arguments
     )

@@ -13,6 +13,7 @@ from . import launch
 from .expand_kernel import launch_expand
 from .launch_backward import backward
 from .launch_replay import Merge, launch_replay
+from .main_grad import main_grads_of, mark_added
 from .operator import operator
 from .sinkhorn_kernel import launch_sinkhorn
 
@@ -143,6 +144,7 @@ def _pre_backward(
 
 def _save_pre(ctx, inputs, output):
     *tensors, ctx.iterations, ctx.eps, _ = inputs
+    ctx.parameters = ()
     _, post, comb, pre, m, r = output
     ctx.mark_non_differentiable(pre, m, r)
     ctx.set_materialize_grads(False)
@@ -151,16 +153,15 @@ def _save_pre(ctx, inputs, output):
 
 def _pre_grad(ctx, du, dpost, dcomb, *_):
     *saved, post, comb = ctx.saved_tensors
-    x = saved[0]
-    grads = _pre_backward(
-        *saved,
-        _dense(du, x[:, 0]),
-        _dense(dpost, post),
-        _dense(dcomb, comb),
-        ctx.iterations,
-        ctx.eps,
-    )
-    return *grads, None, None, None
+    x, fn, scale, base, m, r = saved
+    grads = (_dense(du, x[:, 0]), _dense(dpost, post), _dense(dcomb, comb))
+    numbers = (ctx.iterations, ctx.eps)
+    main_grads = main_grads_of(ctx.parameters)
+    if main_grads is None:
+        return *_pre_backward(*saved, *grads, *numbers), None, None, None
+    mapping, mapped = (fn, scale, base), (x, m, r)
+    dx, *_ = backward(x, None, mapping, mapped, (None, *grads), *numbers, main_grads)
+    return dx, *mark_added(ctx.parameters), None, None, None
 
 
 @operator("pre", fake=lambda x, fn, *_: _mapping_outputs(x, fn), save=_save_pre, grad=_pre_grad)
@@ -214,6 +215,7 @@ def _post_pre_backward(
 
 def _save_post_pre(ctx, inputs, output):
     *tensors, ctx.iterations, ctx.eps, _ = inputs
+    ctx.parameters = ()
     x_next, _, post, comb, pre, m, r = output
     ctx.mark_non_differentiable(pre, m, r)
     ctx.set_materialize_grads(False)
@@ -222,16 +224,20 @@ def _save_post_pre(ctx, inputs, output):
 
 def _post_pre_grad(ctx, dx_next, du, dpost, dcomb, *_):
     *saved, post, comb = ctx.saved_tensors
-    grads = _post_pre_backward(
-        *saved,
+    x, *rest = saved
+    merge, mapping, mapped = rest[:3], rest[3:6], rest[6:]
+    grads = (
         None if dx_next is None else dx_next.contiguous(),
-        _dense(du, saved[1]),
+        _dense(du, merge[0]),
         _dense(dpost, post),
         _dense(dcomb, comb),
-        ctx.iterations,
-        ctx.eps,
     )
-    return *grads, None, None, None
+    numbers = (ctx.iterations, ctx.eps)
+    main_grads = main_grads_of(ctx.parameters)
+    if main_grads is None:
+        return *_post_pre_backward(*saved, *grads, *numbers), None, None, None
+    streams = backward(x, merge, mapping, mapped, grads, *numbers, main_grads)[:4]
+    return *streams, *mark_added(ctx.parameters), None, None, None
 
 
 @operator(
@@ -285,12 +291,25 @@ def _mapping(fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def pre(
-    x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`kernels.mhc_pre` by Triton, with pre."""
     *tokens, n, channels = x.shape
+    mapping = _mapping(fn, scale, base)
     u, post, comb, pre, _, _ = _pre(
-        _tokens(x, 2), *_mapping(fn, scale, base), iterations, eps, norm_eps
+        _tokens(x, 2),
+        *mapping,
+        iterations,
+        eps,
+        norm_eps,
+        parameters=mapping if accumulate else (),
     )
     return (
         u.view(*tokens, channels),
@@ -300,9 +319,19 @@ def pre(
     )
 
 
-def head(x: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+def head(
+    x: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    eps: float,
+    norm_eps: float,
+    accumulate: bool,
+) -> Tensor:
     """:func:`kernels.mhc_head` by Triton."""
-    u = _pre(_tokens(x, 2), *_mapping(fn, scale, base), 1, eps, norm_eps)[0]
+    mapping = _mapping(fn, scale, base)
+    parameters = mapping if accumulate else ()
+    u = _pre(_tokens(x, 2), *mapping, 1, eps, norm_eps, parameters=parameters)[0]
     return u.view(*x.shape[:-2], x.shape[-1])
 
 
@@ -316,10 +345,14 @@ def post_head(
     base: Tensor,
     eps: float,
     norm_eps: float,
+    accumulate: bool,
 ) -> Tensor:
     """:func:`kernels.mhc_post_head` by Triton."""
     merge = (_tokens(x, 2), _tokens(f, 1), _tokens(post, 1), _tokens(comb, 2))
-    return _post_pre(*merge, *_mapping(fn, scale, base), 1, eps, norm_eps)[1].view(f.shape)
+    mapping = _mapping(fn, scale, base)
+    parameters = mapping if accumulate else ()
+    u = _post_pre(*merge, *mapping, 1, eps, norm_eps, parameters=parameters)[1]
+    return u.view(f.shape)
 
 
 def post_pre(
@@ -333,17 +366,20 @@ def post_pre(
     iterations: int,
     eps: float,
     norm_eps: float,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`kernels.mhc_post_pre` by Triton, with pre."""
+    mapping = _mapping(fn, scale, base)
     x_next, u, post_next, comb_next, pre, _, _ = _post_pre(
         _tokens(x, 2),
         _tokens(f, 1),
         _tokens(post, 1),
         _tokens(comb, 2),
-        *_mapping(fn, scale, base),
+        *mapping,
         iterations,
         eps,
         norm_eps,
+        parameters=mapping if accumulate else (),
     )
     return (
         x_next.view(x.shape),

@@ -5,11 +5,27 @@ import triton.language as tl
 
 
 @triton.jit
+def store(out_ptrs, total, mask, ADD: tl.constexpr):
+    """out = total, or out += total."""
+    if ADD:
+        total += tl.load(out_ptrs, mask=mask)
+    tl.store(out_ptrs, total, mask=mask)
+
+
+@triton.jit
 def sum_parts(
-    parts_ptr, out_ptr, block, most, parts, width, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+    parts_ptr,
+    out_ptr,
+    block,
+    most,
+    parts,
+    width,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr = False,
 ):
     """out[j] = sum_s parts[s, j] for BLOCK columns j of parts [most, width], in a fixed order; the
-    columns have ``parts`` of them, one number or a vector.
+    columns have ``parts`` of them, one number or a vector. With ADD the sum is added to out.
     """
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = tl.zeros_like(at) + parts
@@ -19,7 +35,7 @@ def sum_parts(
         s = first + part
         mask = (s[:, None] < there[None, :]) & (at < width)[None, :]
         total += tl.load(parts_ptr + s[:, None] * width + at[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + at, tl.sum(total, 0), mask=at < width)
+    store(out_ptr + at, tl.sum(total, 0), at < width, ADD)
 
 
 @triton.jit
@@ -42,8 +58,11 @@ def sum_mapping(
     COUNT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     ROWS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """dbase [COUNT] (half 0) or dscale [SEGMENTS] (half 1) from parts [programs, 2, COUNT]."""
+    """dbase [COUNT] (half 0) or dscale [SEGMENTS] (half 1) from parts [programs, 2, COUNT], with
+    ADD added to what is there.
+    """
     columns: tl.constexpr = triton.next_power_of_2(COUNT)
     column = tl.arange(0, columns)
     part = tl.arange(0, ROWS)
@@ -54,20 +73,23 @@ def sum_mapping(
         totals += tl.load(parts_ptr + at, mask=mask, other=0.0)
     total = tl.sum(totals, 0)
     if half == 0:
-        tl.store(dbase_ptr + column, total, mask=column < COUNT)
+        store(dbase_ptr + column, total, column < COUNT, ADD)
     else:
         for segment in tl.static_range(SEGMENTS):
             low = segment * N
             high = (segment + 1) * N if segment < 2 else COUNT
             inside = (column >= low) & (column < high)
-            tl.store(dscale_ptr + segment, tl.sum(tl.where(inside, total, 0.0), 0))
+            store(dscale_ptr + segment, tl.sum(tl.where(inside, total, 0.0), 0), None, ADD)
 
 
+# In Megatron's buffers main_grad is aligned in every way: one compiled kernel serves all, and with
+# one number a thread it has no use for more.
 @triton.jit(
     do_not_specialize=[
         "tokens", "most", "tiles", "work", "channels", "chunks", "programs", "fn_blocks",
         "comb_blocks",
-    ]
+    ],
+    do_not_specialize_on_alignment=["dfn_ptr", "dscale_ptr", "dbase_ptr"],
 )  # fmt: skip
 def reduce_kernel(
     dfn_parts_ptr,
@@ -96,24 +118,25 @@ def reduce_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     """d fn of [most, COUNT, N * C] (as many as pieces_of says), d post and d comb of
     [chunks, tokens, N] and [.., N * N], and d scale and d base of [programs, 2, COUNT]: each group
     of programs sums one of them. Without a merge there are no d post and d comb; without a mapping
-    SEGMENTS is 0 and there is no other.
+    SEGMENTS is 0 and there is no other. With ADD the mapping's three are added to what is there.
     """
     pid = tl.program_id(0)
     if SEGMENTS > 0:
         # First, because these two are long.
         if pid < 2:
             parts = mapping_parts_ptr
-            sum_mapping(parts, dscale_ptr, dbase_ptr, pid, programs, N, COUNT, SEGMENTS, ROWS)
+            sum_mapping(parts, dscale_ptr, dbase_ptr, pid, programs, N, COUNT, SEGMENTS, ROWS, ADD)
             return
         pid -= 2
         if pid < fn_blocks:
             channel = (pid * BLOCK + tl.arange(0, BLOCK)) % C
             parts = pieces_of(channel, channels, tiles, work)
-            sum_parts(dfn_parts_ptr, dfn_ptr, pid, most, parts, COUNT * N * C, BLOCK_S, BLOCK)
+            sum_parts(dfn_parts_ptr, dfn_ptr, pid, most, parts, COUNT * N * C, BLOCK_S, BLOCK, ADD)
             return
         pid -= fn_blocks
     if MERGE:

@@ -15,7 +15,9 @@ from torch import Tensor
 TESTED_TRITON = "3.6."
 
 _compiled: dict[tuple, tuple] = {}
-_valued: dict[int, tuple[bool, ...]] = {}
+_valued: dict[int, tuple] = {}
+"""By a kernel's identity, the kernel, so that no other can take that, and what _values_matter says.
+"""
 
 
 class Descriptor:
@@ -52,7 +54,9 @@ def run_kernel(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     if not _takes_known_launches(kernel):
         kernel[grid](*map(_checked, arguments), **options)
         return
-    valued = _valued.get(id(kernel)) or _values_matter(kernel)
+    if id(kernel) not in _valued:
+        _valued[id(kernel)] = kernel, _values_matter(kernel)
+    _, valued = _valued[id(kernel)]
     device = torch.cuda.current_device()
     key = (
         id(kernel),
@@ -87,9 +91,7 @@ def _takes_known_launches(kernel) -> bool:
 
 def _values_matter(kernel) -> tuple[bool, ...]:
     """For each parameter, whether Triton compiles for the value of a number given there."""
-    valued = tuple(not parameter.do_not_specialize for parameter in kernel.params)
-    _valued[id(kernel)] = valued
-    return valued
+    return tuple(not parameter.do_not_specialize for parameter in kernel.params)
 
 
 def _kind(argument, valued: bool):

@@ -49,6 +49,7 @@ class MHCTransformerBlock(TransformerBlock):
                 config.hidden_size,
                 norm_eps=config.layernorm_epsilon,
                 sequence_parallel=config.sequence_parallel,
+                gradient_accumulation_fusion=config.gradient_accumulation_fusion,
                 device=parameter_device(config),
             )
             self.final_layernorm.register_forward_pre_hook(self._collapse)

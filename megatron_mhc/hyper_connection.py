@@ -30,6 +30,8 @@ class HyperConnection(Float32Parameters):
         sublayer: index of the sublayer in the model, from 0; chooses the stream read most at first.
         norm_eps: the model's RMSNorm epsilon, inside the root of the mappings' RMS.
         sequence_parallel: mark the parameters for Megatron's sequence parallelism.
+        gradient_accumulation_fusion: Megatron's setting: the Triton kernels add the parameters'
+            gradients to their ``main_grad`` (``kernels.mhc_pre``'s ``accumulate_main_grad``).
         device: where the parameters live.
 
     Raises:
@@ -44,6 +46,7 @@ class HyperConnection(Float32Parameters):
         *,
         norm_eps: float = 1e-6,
         sequence_parallel: bool = False,
+        gradient_accumulation_fusion: bool = False,
         device=None,
     ) -> None:
         super().__init__()
@@ -52,6 +55,7 @@ class HyperConnection(Float32Parameters):
             raise ValueError(f"num_streams={n}: one stream is the plain residual, without mHC")
         self.config = config
         self.norm_eps = norm_eps
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
         shapes = kernels.mapping_shapes(config.residual_mixing, n, hidden_size)
         self.add_parameters(
             device,
@@ -97,6 +101,7 @@ class HyperConnection(Float32Parameters):
             "eps": config.eps,
             "norm_eps": self.norm_eps,
             "return_pre": True,
+            "accumulate_main_grad": self.gradient_accumulation_fusion,
             "backend": config.backend,
         }
         if merge:

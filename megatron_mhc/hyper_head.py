@@ -18,7 +18,8 @@ class HyperHead(Float32Parameters):
     float32, also in a bf16 model; at their initial values the head is the mean of the streams.
 
     Args:
-        config, hidden_size, norm_eps, sequence_parallel, device: as :class:`HyperConnection`.
+        config, hidden_size, norm_eps, sequence_parallel, gradient_accumulation_fusion, device: as
+            :class:`HyperConnection`.
     """
 
     def __init__(
@@ -28,12 +29,14 @@ class HyperHead(Float32Parameters):
         *,
         norm_eps: float = 1e-6,
         sequence_parallel: bool = False,
+        gradient_accumulation_fusion: bool = False,
         device=None,
     ) -> None:
         super().__init__()
         n = config.num_streams
         self.config = config
         self.norm_eps = norm_eps
+        self.gradient_accumulation_fusion = gradient_accumulation_fusion
         shapes = kernels.head_shapes(n, hidden_size)
         self.add_parameters(
             device,
@@ -54,5 +57,10 @@ class HyperHead(Float32Parameters):
         config = self.config
         collapse = kernels.mhc_head if len(tensors) == 1 else kernels.mhc_post_head
         mapping = (self.fn, self.scale, self.base)
-        options = {"eps": config.eps, "norm_eps": self.norm_eps, "backend": config.backend}
+        options = {
+            "eps": config.eps,
+            "norm_eps": self.norm_eps,
+            "accumulate_main_grad": self.gradient_accumulation_fusion,
+            "backend": config.backend,
+        }
         return (collapse(*tensors, *mapping, **options),)

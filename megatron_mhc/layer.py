@@ -62,6 +62,7 @@ class MHCTransformerLayer(TransformerLayer):
             sublayer,
             norm_eps=config.layernorm_epsilon,
             sequence_parallel=config.sequence_parallel,
+            gradient_accumulation_fusion=config.gradient_accumulation_fusion,
             device=parameter_device(config),
         )
 

@@ -88,6 +88,42 @@ def test_runs_are_bit_identical(name):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["pre", "post_pre", "head", "post_head"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 1027])
+def test_main_grad_has_the_bits_of_returned_gradients(name, dtype, tokens):
+    """Two micro-batches, main_grad at whatever address."""
+    inputs = streams_inputs((tokens,), 4, 1280, dtype, device="cuda")
+    rows, segments = (4, 1) if name.endswith("head") else (24, 3)
+    mapping = [inputs[4][:rows], inputs[5][:segments], inputs[6][:rows]]
+    streams = inputs[: 4 if name.startswith("post") else 1]
+    function = getattr(kernels, f"mhc_{name}")
+    found = []
+    for accumulate in (False, True):
+        parameters = [torch.nn.Parameter(value.clone()) for value in mapping]
+        for parameter in parameters:
+            buffer = torch.zeros(1 + parameter.numel(), device="cuda")
+            parameter.main_grad = buffer[1:].view_as(parameter)
+            parameter.grad_added_to_main_grad = False
+        for seed in range(2):
+            torch.manual_seed(seed)
+            leaves = [tensor.detach().requires_grad_() for tensor in streams]
+            outputs = function(
+                *leaves, *parameters, accumulate_main_grad=accumulate, backend="triton"
+            )
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+            for parameter in parameters:
+                assert parameter.grad_added_to_main_grad is accumulate
+                if not accumulate:
+                    parameter.main_grad.add_(parameter.grad)
+                parameter.grad = None
+        found.append([*(leaf.grad for leaf in leaves), *(p.main_grad for p in parameters)])
+    for returned, added in zip(*found):
+        assert returned.any()
+        assert torch.equal(added, returned)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "n", "channels"),

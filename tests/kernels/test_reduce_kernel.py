@@ -30,6 +30,26 @@ def test_every_share_is_summed(parts):
         assert relative_error(a, b) < 1e-6
 
 
+@pytest.mark.parametrize("parts", [1, 17])
+@pytest.mark.parametrize("count", [4, 24], ids=["head", "connection"])
+def test_the_mappings_sums_are_added_in_one_addition(parts, count):
+    x, _, (fn, _, base) = make(5, 4, 8, count)
+    mapping = (fn, torch.empty(1 if count == 4 else 3), base)
+    dfns, mapping_parts = torch.randn(parts, *fn.shape), torch.randn(parts, 2, count)
+    shares = launch_backward.Shares(None, None, dfns, channels=8, tiles=parts, work=1)
+    sums = launch_backward.reduce(shares, mapping_parts, None, mapping, x)[2:]
+    before = [torch.randn_like(total) for total in sums]
+    # Views into one buffer, at whatever address.
+    buffer = torch.cat([torch.zeros(1), *(tensor.flatten() for tensor in before)])
+    views = buffer[1:].split([tensor.numel() for tensor in before])
+    main_grads = tuple(view.view_as(tensor) for view, tensor in zip(views, before))
+    returned = launch_backward.reduce(shares, mapping_parts, None, mapping, x, main_grads)
+    assert returned == (None,) * 5
+    for main_grad, start, total in zip(main_grads, before, sums):
+        assert torch.equal(main_grad, start + total)
+    assert buffer[0] == 0
+
+
 @pytest.mark.parametrize(("tiles", "work"), [(5, 3), (4, 7), (1, 2), (6, 2), (2, 1)])
 def test_pieces_that_cross_blocks_of_channels(tiles, work):
     """Every tile adds 1 to the share of its piece; shares that nobody wrote are not read."""
