@@ -15,6 +15,7 @@ DEFAULTS = {
     "mhc_eps": MHCConfig.eps,
     "mhc_backend": MHCConfig.backend,
     "mhc_pipeline_overlap": "post",
+    "mhc_pipeline_transport": "auto",
     "mhc_recompute": MHCConfig.recompute,
     "mhc_recompute_layer_num": MHCConfig.recompute_layer_num,
     "mhc_log_gain_interval": 0,
@@ -72,6 +73,12 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=("none", "post"),
         help="post: a pipeline stage's last merge is formed and sent on a high-priority stream, "
         "and nothing waits for it; none: as Megatron sends. [post]",
+    )
+    group.add_argument(
+        "--mhc-pipeline-transport",
+        choices=("auto", "copy", "nccl"),
+        help="How overlap post moves boundaries. copy: by the GPUs' copy engines, which take no "
+        "SM, within one host; auto: copy where it can be had, else nccl. [auto]",
     )
     group.add_argument(
         "--mhc-recompute",
@@ -137,6 +144,11 @@ def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
             setattr(args, name, default)
     if not args.mhc:
         return None
+    if args.mhc_pipeline_transport != "auto" and args.mhc_pipeline_overlap == "none":
+        raise UserError(
+            f"--mhc-pipeline-transport {args.mhc_pipeline_transport}: Megatron sends under "
+            "--mhc-pipeline-overlap none; leave one of them out"
+        )
     if args.mhc_log_gain_interval < 0:
         raise UserError(
             f"--mhc-log-gain-interval {args.mhc_log_gain_interval}: "

@@ -107,7 +107,9 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     slots = {}
     if mhc is not None:
         overlap = args.mhc_pipeline_overlap
-        communicator = make_communicator(model.transformer, mhc.num_streams, overlap)
+        communicator = make_communicator(
+            model.transformer, mhc.num_streams, overlap, args.mhc_pipeline_transport
+        )
         model.transformer_layer_spec = MHCLayerSpec(mhc, communicator)
         if communicator is not None:
             slots = {"p2p_communicator": communicator, "pg_collection": DeferredGroups()}

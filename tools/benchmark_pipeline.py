@@ -13,9 +13,9 @@ A step is the forward and backward passes of a global batch, without the optimiz
     sends        mHC, sent and received as overlap post does, merges on the main stream
     post         mHC, --mhc-pipeline-overlap post
     late         the same, without receiving ahead in warm-up and cool-down
+    nccl         the same, --mhc-pipeline-transport nccl; nccl@N: a transfer takes N SMs at most
     shared       overlap post over Megatron's communicators
     none+recompute, post+recompute    with --mhc-recompute
-    post@N       overlap post, a transfer takes N SMs at most; late, sends and plain-free too
 
 each in two stages; plain, none and none+recompute also on one GPU. The slow link is
 NCCL_P2P_DISABLE=1, through host memory. All cases of a link run in one pair of processes. Writes
@@ -48,11 +48,9 @@ from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
 CASES = (
-    *("plain", "none", "post", "late", "shared", "sends", "plain-kept", "plain-free"),
+    *("plain", "none", "post", "nccl", "late", "shared", "sends", "plain-kept", "plain-free"),
     *("none+recompute", "post+recompute"),
 )
-MEGATRONS = ("plain", "plain-kept", "none", "none+recompute", "shared")
-"""Cases that run over Megatron's communicators."""
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
 """Name of a link to the environment that makes NCCL use it."""
 RANKS = 2
@@ -231,11 +229,9 @@ def case_name(text: str) -> str:
         ArgumentTypeError: there is no such case.
     """
     base, _, ctas = text.partition("@")
-    limited = ctas.isdecimal() and base not in MEGATRONS
+    limited = ctas.isdecimal() and base == "nccl"
     if base not in CASES or ("@" in text and not limited):
-        raise argparse.ArgumentTypeError(
-            f"{text} is none of {', '.join(CASES)}; all but {', '.join(MEGATRONS)} take @N"
-        )
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(CASES)} and nccl@N")
     return text
 
 

@@ -49,7 +49,9 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron_mhc import MHCConfig, get_mhc_block_spec, patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, PriorityStream, send_boundary  # noqa: E402
 from megatron_mhc.pipeline.boundary import flat_output  # noqa: E402
+from megatron_mhc.pipeline.copy_tracks import CopyTracks  # noqa: E402
 from megatron_mhc.pipeline.tracks import Tracks  # noqa: E402
+from megatron_mhc.pipeline.transport import make_tracks  # noqa: E402
 from megatron_mhc.report.trace import busy_us, read_kernels, window_us  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -79,7 +81,7 @@ class MegatronsGroups(Tracks):
 
 
 class Mode:
-    """What the name of a case says: BASE, BASE+recompute, BASE@CTAS or both.
+    """What the name of a case says: BASE, BASE+recompute or nccl@CTAS.
 
     Attributes:
         base: one of the tool's cases. recompute: --mhc-recompute.
@@ -100,6 +102,13 @@ class Mode:
     def waits(self) -> bool:
         """Whether sends are waited for, as Megatron does."""
         return self.base in ("plain", "plain-kept", "none")
+
+    @property
+    def carrier(self) -> str:
+        """Cases of one carrier run over the same tracks."""
+        if self.waits or self.base == "shared":
+            return "shared"
+        return f"nccl@{self.ctas}" if self.base == "nccl" else "auto"
 
     def boundary(self):
         """Where sends are issued from; None: Megatron's own way."""
@@ -195,15 +204,21 @@ class Division:
             settings["length"] * settings["micro_batch"],
             settings["streams"] * settings["hidden"],
         )
-        self._tracks: dict[tuple, tuple[Tracks, float]] = {}
+        self._priority = send_boundary()
+        self._tracks: dict[str, tuple[CopyTracks | Tracks, float]] = {}
 
-    def tracks(self, mode: Mode) -> tuple[Tracks, float]:
+    def tracks(self, mode: Mode) -> tuple[CopyTracks | Tracks, float]:
         """What a mode's transfers run over, and its GB/s from stage 0 to 1; made once."""
-        kind = MegatronsGroups if mode.waits or mode.base == "shared" else Tracks
-        if (kind, mode.ctas) not in self._tracks:
-            tracks = kind(self.group, wraps=self.chunks > 1, ctas=mode.ctas)
-            self._tracks[kind, mode.ctas] = tracks, bandwidth(tracks, self._message)
-        return self._tracks[kind, mode.ctas]
+        if mode.carrier not in self._tracks:
+            wraps = self.chunks > 1
+            if mode.carrier == "shared":
+                tracks = MegatronsGroups(self.group, wraps)
+            elif mode.carrier == "auto":
+                tracks = make_tracks(self.group, "auto", self.chunks, 0, self._priority)
+            else:
+                tracks = Tracks(self.group, wraps, ctas=mode.ctas)
+            self._tracks[mode.carrier] = tracks, bandwidth(tracks, self._message)
+        return self._tracks[mode.carrier]
 
 
 class Case:
@@ -221,13 +236,13 @@ class Case:
         boundary = mode.boundary()
         self.chunks = build_chunks(settings, self.config, mhc, boundary)
         self.slots = {}
-        self.link_gb_s = None
+        self.link_gb_s = self.tracks = None
         if division.stages > 1:
-            tracks, self.link_gb_s = division.tracks(mode)
+            self.tracks, self.link_gb_s = division.tracks(mode)
             if mode.base not in ("plain", "plain-kept"):
                 streams = mhc.num_streams if mhc else 1
                 communicator = PipelineCommunicator(
-                    division.group, self.config, streams, boundary, tracks if boundary else None
+                    division.group, self.config, streams, boundary, boundary and self.tracks
                 )
                 groups = ProcessGroupCollection.use_mpu_process_groups()
                 self.slots = {"p2p_communicator": communicator, "pg_collection": groups}
@@ -250,6 +265,11 @@ class Case:
             micro_batch_size=self.settings["micro_batch"],
             **self.slots,
         )
+
+    def peak_bytes(self) -> int:
+        """Memory that was held at most: torch's, and the slots that messages are copied into."""
+        engine = getattr(self.tracks, "engine", None)
+        return torch.cuda.max_memory_reserved() + (engine.allocated if engine else 0)
 
     def close(self) -> None:
         """Give the memory back, every send over."""
@@ -333,7 +353,7 @@ def bandwidth(tracks: Tracks, shape: tuple[int, int]) -> float:
             if dist.get_rank() == 0:
                 tracks.send("tensor_send_next", message).wait()
             else:
-                tracks.receive("recv_prev", message).wait()
+                tracks.receive("recv_prev", shape, DTYPE, message.device)[1].wait()
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
     return count * message.nbytes / seconds / 1e9
@@ -354,7 +374,7 @@ def run_case(settings: dict, name: str, division: Division) -> tuple[dict, list]
         "steps_ms": times,
         "step_ms": statistics.median(times),
         "loss": next((value for value in gathered(loss) if value is not None), None),
-        "peak_gib": [value / 2**30 for value in gathered(torch.cuda.max_memory_reserved())],
+        "peak_gib": [value / 2**30 for value in gathered(case.peak_bytes())],
     }
     kernels = []
     if GPU and settings["profile"]:
@@ -365,7 +385,8 @@ def run_case(settings: dict, name: str, division: Division) -> tuple[dict, list]
 
 
 def main(settings: dict, folder: Path) -> None:
-    patches.apply()
+    recomputes = any(Mode(name).recompute for name, *_ in settings["cases"])
+    patches.apply(flags=["--mhc-recompute"] if recomputes else [])
     print("loaded", flush=True)
     if not sys.stdin.readline():
         sys.exit("the benchmark ended before this rank's turn")

@@ -39,6 +39,12 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr()
 
 
+@functools.cache
+def _priority_stream(device: int) -> torch.cuda.Stream:
+    _least, greatest = torch.cuda.Stream.priority_range()
+    return torch.cuda.Stream(device, priority=greatest)
+
+
 class ProgramOrder:
     """The boundary without streams, for a CPU: what is called first runs first.
 
@@ -86,11 +92,10 @@ class PriorityStream:
         self._gradient: tuple[Tensor, torch.cuda.Event] | None = None
 
     # The device is chosen after the command line is read, and a stream belongs to a device.
-    @functools.cached_property
+    @property
     def stream(self) -> torch.cuda.Stream:
         """Merges run here, and sends are issued behind them."""
-        _least, greatest = torch.cuda.Stream.priority_range()
-        return torch.cuda.Stream(priority=greatest)
+        return _priority_stream(torch.cuda.current_device())
 
     @functools.cached_property
     def _completions(self) -> torch.cuda.Stream:

@@ -7,9 +7,11 @@ from torch.distributed import ProcessGroup
 
 from .agreement import agree
 from .boundary import PriorityStream, ProgramOrder
+from .copy_tracks import CopyTracks
 from .outbox import Outbox
 from .replays import ReplayedBefore
 from .tracks import Tracks
+from .transport import make_tracks
 
 
 class PipelineCommunicator(P2PCommunicator):
@@ -28,11 +30,12 @@ class PipelineCommunicator(P2PCommunicator):
             False: a batch of sends and receives can only be waited for as a whole.
         num_streams: n; 1 for a plain model.
         boundary: where sends are issued from (:mod:`.boundary`); the blocks' specs take the same.
-        tracks: what a boundary sends over; None makes them.
+        tracks: what a boundary sends over; None makes those of ``transport`` (:mod:`.transport`).
 
     Raises:
         ValueError: a setting under which boundaries would be waited for, or cross.
         StageMismatch: a neighbour was given other sizes.
+        TransportRefused: this ``transport`` cannot be had.
     """
 
     def __init__(
@@ -41,7 +44,8 @@ class PipelineCommunicator(P2PCommunicator):
         config,
         num_streams: int,
         boundary: ProgramOrder | PriorityStream | None = None,
-        tracks: Tracks | None = None,
+        tracks: CopyTracks | Tracks | None = None,
+        transport: str = "auto",
     ) -> None:
         super().__init__(pp_group, config)
         self.num_streams = num_streams
@@ -57,11 +61,15 @@ class PipelineCommunicator(P2PCommunicator):
             batched=config.batch_p2p_comm,
             layers=config.num_layers,
             virtual_stages=config.virtual_pipeline_model_parallel_size,
+            transport=transport,
         )
         if boundary is not None:
             chunks = config.virtual_pipeline_model_parallel_size or 1
-            self._tracks = tracks or Tracks(pp_group, wraps=chunks > 1)
-            boundary.replays.group = config.microbatch_group_size_per_vp_stage
+            group = config.microbatch_group_size_per_vp_stage
+            boundary.replays.group = group
+            if tracks is None:
+                tracks = make_tracks(pp_group, transport, chunks, group, boundary)
+            self._tracks = tracks
 
     def _check_config(self) -> None:
         config = self.config
@@ -119,13 +127,9 @@ class PipelineCommunicator(P2PCommunicator):
 
     def _receive(self, name: str, shape: tuple[int, ...]):
         """Post one receive: the tensor that is going to be filled, and its handle."""
-        tensor = torch.empty(
-            shape,
-            dtype=self.config.pipeline_dtype,
-            device=torch.cuda.current_device(),
-            requires_grad=True,
-        )
-        return tensor, self._tracks.receive(name, tensor)
+        device = torch.cuda.current_device()
+        tensor, handle = self._tracks.receive(name, shape, self.config.pipeline_dtype, device)
+        return tensor.requires_grad_(), handle
 
     def _send(self, name: str, tensor: Tensor) -> None:
         # The schedule frees a tensor by exchanging its data; the alias has its own hold on it.

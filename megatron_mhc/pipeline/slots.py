@@ -29,11 +29,12 @@ class DeferredCommunicator(PipelineCommunicator):
     """A PipelineCommunicator that comes into being when the pipeline's group exists.
 
     Args:
-        config, num_streams, boundary: PipelineCommunicator's.
+        config, num_streams, boundary, transport: PipelineCommunicator's.
     """
 
-    def __init__(self, config, num_streams: int, boundary=None) -> None:
+    def __init__(self, config, num_streams: int, boundary=None, transport: str = "auto") -> None:
         self.num_streams = num_streams
+        self._transport = transport
         self.boundary = boundary
         self._config = config
 
@@ -41,11 +42,12 @@ class DeferredCommunicator(PipelineCommunicator):
         """Find the neighbours; a collective of the pipeline's group the first time.
 
         Raises:
-            ValueError, StageMismatch: PipelineCommunicator's.
+            ValueError, StageMismatch, TransportRefused: PipelineCommunicator's.
         """
         if "pp_group" not in self.__dict__:
             group = parallel_state.get_pipeline_model_parallel_group()
-            super().__init__(group, self._config, self.num_streams, self.boundary)
+            settings = {"boundary": self.boundary, "transport": self._transport}
+            super().__init__(group, self._config, self.num_streams, **settings)
 
     def __getattr__(self, name: str):
         if name not in ("pp_group", "config", "next_rank", "prev_rank"):
@@ -54,13 +56,15 @@ class DeferredCommunicator(PipelineCommunicator):
         return self.__dict__[name]
 
 
-def make_communicator(config, num_streams: int, overlap: str) -> DeferredCommunicator | None:
+def make_communicator(
+    config, num_streams: int, overlap: str, transport: str = "auto"
+) -> DeferredCommunicator | None:
     """The communicator of a training; None where the model is one stage.
 
     Args:
         config: the model's TransformerConfig. Under "post" its batch_p2p_comm becomes False and, of
             an interleaved schedule that overlaps, overlap_p2p_comm_warmup_flush True.
-        overlap: --mhc-pipeline-overlap.
+        overlap, transport: --mhc-pipeline-overlap and --mhc-pipeline-transport.
     """
     if config.pipeline_model_parallel_size == 1:
         return None
@@ -70,4 +74,4 @@ def make_communicator(config, num_streams: int, overlap: str) -> DeferredCommuni
     config.batch_p2p_comm = False
     # Else every receive of warm-up and cool-down is posted when it is needed, and seen in full.
     config.overlap_p2p_comm_warmup_flush = config.overlap_p2p_comm
-    return DeferredCommunicator(config, num_streams, send_boundary())
+    return DeferredCommunicator(config, num_streams, send_boundary(), transport)

@@ -19,6 +19,12 @@ KIND = {
 """Megatron's name of an operation to what it moves."""
 
 
+def neighbour_place(pp_group: ProcessGroup, name: str) -> int:
+    """Which stage operation ``name`` is with."""
+    step = 1 if name.endswith("next") else -1
+    return (pp_group.rank() + step) % pp_group.size()
+
+
 class Tracks:
     """Sends to and receives from the neighbours of a stage.
 
@@ -82,25 +88,32 @@ class Tracks:
         for stage in (*range(0, last, 2), *range(1, last, 2)):  # pairs of neighbours, in parallel
             if rank == stage:
                 self.send("tensor_send_next", element).wait()
-                self.receive("recv_next", element).wait()
+                self._receive_element("recv_next")
             if rank == (stage + 1) % stages:
-                self.receive("recv_prev", element).wait()
+                self._receive_element("recv_prev")
                 self.send("tensor_send_prev", element).wait()
+
+    def _receive_element(self, name: str) -> None:
+        _element, handle = self.receive(name, (1,), torch.float32, torch.cuda.current_device())
+        handle.wait()
 
     def send(self, name: str, tensor: Tensor) -> Work:
         """Start to send; ``name`` is tensor_send_next or tensor_send_prev."""
         group = self._groups[KIND[name], self.pp_group.rank() % 2]
         return torch.distributed.isend(tensor, self._neighbour(name), group=group)
 
-    def receive(self, name: str, into: Tensor) -> Work:
-        """Start to receive; ``name`` is recv_prev or recv_next."""
-        group = self._groups[KIND[name], self._place(name) % 2]
-        return torch.distributed.irecv(into, self._neighbour(name), group=group)
+    def receive(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | int
+    ) -> tuple[Tensor, Work]:
+        """Start to receive; ``name`` is recv_prev or recv_next.
 
-    def _place(self, name: str) -> int:
-        """The neighbour's place among the stages."""
-        step = 1 if name.endswith("next") else -1
-        return (self.pp_group.rank() + step) % self.pp_group.size()
+        Returns:
+            The tensor that is going to be filled, a leaf, and its handle.
+        """
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        group = self._groups[KIND[name], neighbour_place(self.pp_group, name) % 2]
+        return tensor, torch.distributed.irecv(tensor, self._neighbour(name), group=group)
 
     def _neighbour(self, name: str) -> int:
-        return torch.distributed.get_global_rank(self.pp_group, self._place(name))
+        place = neighbour_place(self.pp_group, name)
+        return torch.distributed.get_global_rank(self.pp_group, place)

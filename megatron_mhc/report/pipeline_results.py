@@ -19,7 +19,7 @@ COLUMNS = (
 )
 """compute, bubble and exposed are of the slower rank; exposed is idle time beyond the bubble.
 
-channels is NCCL_MAX_P2P_NCHANNELS; the case post@N limits its own communicators to N.
+channels is NCCL_MAX_P2P_NCHANNELS; the case nccl@N limits its own communicators to N.
 """
 
 

@@ -5,7 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MAIN, PRIORITY, NCCL, OTHER = "main", "priority", "NCCL", "other"
+MAIN, PRIORITY, NCCL, COPIES, OTHER = "main", "priority", "NCCL", "copy engine", "other"
+TRANSFERS = {NCCL: "nccl", COPIES: "Memcpy PtoP"}
+"""Lanes of transfers, and how the name of everything on them begins."""
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 _MERGE = re.compile(r"merge|streams_backward")
 
@@ -28,7 +30,7 @@ class Kernel:
     @property
     def kind(self) -> str:
         """ "transfer", "merge" (of a stage's end) or "compute"."""
-        if self.lane.startswith(NCCL):
+        if self.lane.startswith(tuple(TRANSFERS)):
             return "transfer"
         return "merge" if self.lane.startswith(PRIORITY) else "compute"
 
@@ -37,8 +39,9 @@ def _lane_names(streams: dict[object, list[dict]]) -> dict[object, str]:
     """A name for every stream: CUPTI numbers them, so what runs there tells which it is."""
     names = {}
     for stream, events in streams.items():
-        if all(event["name"].startswith("nccl") for event in events):
-            names[stream] = NCCL
+        for lane, begins in TRANSFERS.items():
+            if all(event["name"].startswith(begins) for event in events):
+                names[stream] = lane
     rest = [stream for stream in streams if stream not in names]
     busiest = max(rest, key=lambda s: sum(event["dur"] for event in streams[s]), default=None)
     for stream in rest:

@@ -19,6 +19,7 @@ class Pipeline:
             chunk; the second needs the first.
         layers, hidden: the model's.
         bf16: wrapped in Megatron's Float16Module.
+        copies: boundaries travel by the copy transport, which the host stands in for.
         layout: pipeline_model_parallel_layout as Megatron spells it, "" for equal stages.
     """
 
@@ -37,6 +38,7 @@ class Pipeline:
     layers: int = 12
     hidden: int = 32
     bf16: bool = False
+    copies: bool = False
     layout: str = ""
 
     @property
@@ -85,6 +87,10 @@ PIPELINES = (
     Pipeline(pp=4, vpp=3, micro_batches=4, overlap="none", overlap_p2p=False),
     Pipeline(pp=4, vpp=3, tp=2, micro_batches=4, tied=True, recompute=True),
     Pipeline(pp=4, micro_batches=4, layout="E|t*6|t*6|L"),
+    Pipeline(pp=2, micro_batches=5, copies=True, tied=True),
+    Pipeline(pp=4, vpp=2, layers=8, micro_batches=9, group=5, copies=True, replay=True),
+    Pipeline(pp=2, vpp=3, micro_batches=7, group=7, copies=True),
+    Pipeline(pp=4, vpp=2, layers=8, micro_batches=4, overlap_p2p=False, copies=True),
 )
 RANDOM_PIPELINES = 10
 

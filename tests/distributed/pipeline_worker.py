@@ -21,6 +21,7 @@ from megatron_mhc import environment
 
 environment.prepare()
 # Megatron can be imported only now.
+from host_engine import HostEngine  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from layout_model import forward_step  # noqa: E402
@@ -41,6 +42,7 @@ from pipeline_model import (  # noqa: E402
 
 from megatron_mhc import patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, send_boundary  # noqa: E402
+from megatron_mhc.pipeline.copy_tracks import CopyTracks  # noqa: E402
 from megatron_mhc.pipeline.replays import Replays  # noqa: E402
 from megatron_mhc.recompute_ahead import InFlight  # noqa: E402
 
@@ -100,11 +102,12 @@ def run_pipeline(pipeline: Pipeline) -> dict:
     chunks = build_chunks(pipeline, boundary)
     communication = {}
     if pipeline.pp > 1:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        tracks = None
+        if pipeline.copies:
+            tracks = CopyTracks(group, HostEngine(), pipeline.vpp, pipeline.group, seconds=60)
         communication["p2p_communicator"] = PipelineCommunicator(
-            parallel_state.get_pipeline_model_parallel_group(),
-            chunks[0].module.config,
-            STREAMS,
-            boundary,
+            group, chunks[0].module.config, STREAMS, boundary, tracks
         )
         communication["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
     with torch.no_grad():

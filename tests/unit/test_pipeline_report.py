@@ -120,13 +120,13 @@ def test_the_workers_kernels_become_traces_and_a_picture(tmp_path):
     spec.loader.exec_module(tool)
     kernels = read_kernels(TRACE, 0) + read_kernels(TRACE, 1)
     kept = [[k.name, k.rank, k.lane, k.start, k.duration] for k in kernels]
-    for case in ("none", "post@4"):
+    for case in ("none", "nccl@4"):
         (tmp_path / f"trace-nvlink-{case}-2.json").write_text(json.dumps(kept))
     tool.finish_traces(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
-    traces = {f"trace-nvlink-{case}-2.json.gz" for case in ("none", "post@4")}
+    traces = {f"trace-nvlink-{case}-2.json.gz" for case in ("none", "nccl@4")}
     assert left == {*traces, "pipeline-nvlink.png"}
-    with gzip.open(tmp_path / "trace-nvlink-post@4-2.json.gz", "rt") as file:
+    with gzip.open(tmp_path / "trace-nvlink-nccl@4-2.json.gz", "rt") as file:
         assert len(json.load(file)["traceEvents"]) == len(chrome_trace(kernels)["traceEvents"])
 
 
@@ -198,7 +198,7 @@ def test_a_folder_is_asked_for():
     assert "error: --out: a folder for the results is needed, or --estimate" in done.stderr
 
 
-@pytest.mark.parametrize("case", ["posts", "plain@2", "post@", "post@few"])
+@pytest.mark.parametrize("case", ["posts", "plain@2", "post@2", "nccl@", "nccl@few"])
 def test_a_case_that_is_none_is_refused(case):
     done = run_tool("--cases", case)
     assert done.returncode == 2
@@ -223,7 +223,7 @@ def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
     ]
     few = ["--micro-batches", "4", "--steps", "1", "--chunks", "2", "--links", "nvlink"]
     cases = ["plain", "none", "post", "late", "shared", "sends", "plain-kept", "plain-free"]
-    cases += ["none+recompute", "post+recompute", "post@2"]
+    cases += ["none+recompute", "post+recompute", "nccl@2"]
     few += ["--cases", *cases, "--nccl-p2p-channels", "4"]
     done = run_tool("--out", tmp_path, *sizes, *few)
     assert done.returncode == 0, done.stdout + done.stderr

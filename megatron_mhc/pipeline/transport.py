@@ -1,0 +1,76 @@
+"""Which way boundaries travel: by copy engines within a host, by NCCL (or gloo) otherwise."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron_mhc.errors import UserError
+
+from .copy_tracks import CopyTracks
+from .tracks import Tracks
+
+TRANSPORTS = ("auto", "copy", "nccl")
+_THIS_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class TransportRefused(UserError):
+    """The transport that was asked for cannot be had here."""
+
+    every_rank = True
+
+
+def make_tracks(
+    pp_group: ProcessGroup, wanted: str, chunks: int, group: int, boundary
+) -> CopyTracks | Tracks:
+    """What boundaries are sent over; a collective of all ranks of the job.
+
+    Args:
+        wanted: one of TRANSPORTS; auto is copy where it can be had, else says why it is not.
+        chunks, group: of the interleaved schedule, 1 and 0 without.
+        boundary: a PriorityStream or ProgramOrder.
+
+    Raises:
+        TransportRefused: on every rank, where "copy" was asked for and cannot be had.
+    """
+    on_gpus = torch.distributed.get_backend(pp_group) == "nccl"
+    if wanted == "copy" or (wanted == "auto" and on_gpus):
+        try:
+            return _copies(pp_group, chunks, group, boundary)
+        except (RuntimeError, OSError) as why:
+            if wanted == "copy":
+                raise TransportRefused(
+                    f"--mhc-pipeline-transport copy: {why}; use auto or nccl"
+                ) from why
+            _say(f"mHC pipeline: transfers go over NCCL, not by copy engines: {why}")
+    return Tracks(pp_group, wraps=chunks > 1)
+
+
+def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTracks:
+    """Raises RuntimeError or OSError on every rank if one of them cannot."""
+    why = None
+    if torch.distributed.get_backend(pp_group) != "nccl":
+        why = "stages are not on GPUs"
+    elif os.environ.get("NCCL_P2P_DISABLE") == "1":
+        why = "NCCL_P2P_DISABLE=1"
+    everywhere: list = [None] * pp_group.size()
+    mine = (why, _THIS_BOOT.read_text().strip())
+    torch.distributed.all_gather_object(everywhere, mine, group=pp_group)
+    reasons = [reason for reason, _ in everywhere if reason]
+    if reasons:
+        raise RuntimeError(reasons[0])
+    if len({host for _, host in everywhere}) > 1:
+        raise RuntimeError("the stages of a pipeline are on several hosts")
+    # Needs CUDA's driver, which a machine without a GPU does not have.
+    from .copy_engine import CopyEngine
+
+    streams = (boundary.stream,)
+    tracks = CopyTracks(pp_group, CopyEngine(), chunks, group, streams)
+    _say(f"mHC pipeline: transfers are {tracks.said}")
+    return tracks
+
+
+def _say(line: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(line, flush=True)
