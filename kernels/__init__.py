@@ -277,14 +277,18 @@ def mhc_head(
     *,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    return_pre: bool = False,
     accumulate_main_grad: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The exit: streams [..., n, C] weighted by a learned sigmoid into [..., C] of x's dtype.
 
     Args:
         fn: [n, nC], scale: [1], base: [n], all float32 (DeepSeek-V4's ``hc_head``).
-        accumulate_main_grad: as :func:`mhc_pre`.
+        return_pre, accumulate_main_grad: as :func:`mhc_pre`.
+
+    Returns:
+        h [..., C] of x's dtype; with ``return_pre`` then pre [..., n] float32, without a gradient.
 
     Raises:
         ValueError: a wrong shape or dtype, or an eps outside [0, 1).
@@ -293,8 +297,10 @@ def mhc_head(
     check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
     check_eps(eps=eps, norm_eps=norm_eps)
     if _choose(backend, (x, fn, scale, base)) == "triton":
-        return _triton().head(x, fn, scale, base, eps, norm_eps, accumulate_main_grad)
-    return reference.mhc_head(x, fn, scale, base, eps=eps, norm_eps=norm_eps)
+        h, pre = _triton().head(x, fn, scale, base, eps, norm_eps, accumulate_main_grad)
+        return (h, pre) if return_pre else h
+    options = {"eps": eps, "norm_eps": norm_eps, "return_pre": return_pre}
+    return reference.mhc_head(x, fn, scale, base, **options)
 
 
 def mhc_post_head(
@@ -308,18 +314,19 @@ def mhc_post_head(
     *,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
+    return_pre: bool = False,
     accumulate_main_grad: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """:func:`mhc_post` of the last sublayer and :func:`mhc_head` of what it gave.
 
     Args:
         x: [..., n, C] and f: [..., C], the streams and the sublayer's output; post: [..., n] and
             comb: [..., n, n], float32. fn: [n, nC], scale: [1], base: [n], float32.
-        accumulate_main_grad: as :func:`mhc_pre`.
+        return_pre, accumulate_main_grad: as :func:`mhc_pre`.
 
     Returns:
-        h [..., C] of x's dtype.
+        h [..., C] of x's dtype; with ``return_pre`` x_next [..., n, C], h and pre [..., n].
 
     Raises:
         ValueError: as the two functions.
@@ -329,8 +336,10 @@ def mhc_post_head(
     check_eps(eps=eps, norm_eps=norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
     if _choose(backend, tensors) == "triton":
-        return _triton().post_head(*tensors, eps, norm_eps, accumulate_main_grad)
-    return reference.mhc_post_head(*tensors, eps=eps, norm_eps=norm_eps)
+        outputs = _triton().post_head(*tensors, eps, norm_eps, accumulate_main_grad)
+        return outputs if return_pre else outputs[1]
+    options = {"eps": eps, "norm_eps": norm_eps, "return_pre": return_pre}
+    return reference.mhc_post_head(*tensors, **options)
 
 
 def mhc_expand(h: Tensor, n: int, *, backend: str = "auto") -> Tensor:

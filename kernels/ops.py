@@ -327,12 +327,13 @@ def head(
     eps: float,
     norm_eps: float,
     accumulate: bool,
-) -> Tensor:
-    """:func:`kernels.mhc_head` by Triton."""
+) -> tuple[Tensor, Tensor]:
+    """:func:`kernels.mhc_head` by Triton, with pre."""
+    *tokens, n, channels = x.shape
     mapping = _mapping(fn, scale, base)
     parameters = mapping if accumulate else ()
-    u = _pre(_tokens(x, 2), *mapping, 1, eps, norm_eps, parameters=parameters)[0]
-    return u.view(*x.shape[:-2], x.shape[-1])
+    u, _, _, pre, _, _ = _pre(_tokens(x, 2), *mapping, 1, eps, norm_eps, parameters=parameters)
+    return u.view(*tokens, channels), pre.view(*tokens, n)
 
 
 def post_head(
@@ -346,13 +347,15 @@ def post_head(
     eps: float,
     norm_eps: float,
     accumulate: bool,
-) -> Tensor:
-    """:func:`kernels.mhc_post_head` by Triton."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`kernels.mhc_post_head` by Triton, with x_next and pre."""
     merge = (_tokens(x, 2), _tokens(f, 1), _tokens(post, 1), _tokens(comb, 2))
     mapping = _mapping(fn, scale, base)
     parameters = mapping if accumulate else ()
-    u = _post_pre(*merge, *mapping, 1, eps, norm_eps, parameters=parameters)[1]
-    return u.view(f.shape)
+    x_next, u, _, _, pre, _, _ = _post_pre(
+        *merge, *mapping, 1, eps, norm_eps, parameters=parameters
+    )
+    return x_next.view(x.shape), u.view(f.shape), pre.view(post.shape)
 
 
 def post_pre(

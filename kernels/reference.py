@@ -202,10 +202,18 @@ def mhc_post_head(
     fn: Tensor,
     scale: Tensor,
     base: Tensor,
+    *,
+    return_pre: bool = False,
     **head_options,
-) -> Tensor:
-    """:func:`mhc_post`, then :func:`mhc_head` on what it gave: h [..., C] of x's dtype."""
-    return mhc_head(mhc_post(x, f, post, comb), fn, scale, base, **head_options)
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """:func:`mhc_post`, then :func:`mhc_head` on what it gave.
+
+    Returns:
+        h [..., C] of x's dtype; with ``return_pre`` x_next [..., n, C], h and the head's pre.
+    """
+    x_next = mhc_post(x, f, post, comb)
+    head = mhc_head(x_next, fn, scale, base, return_pre=return_pre, **head_options)
+    return (x_next, *head) if return_pre else head
 
 
 def mhc_head(
@@ -216,18 +224,22 @@ def mhc_head(
     *,
     eps: float = 1e-6,
     norm_eps: float = 1e-6,
-) -> Tensor:
+    return_pre: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The exit: h = sum_i (sigma(r (fn @ vec(X)) scale + base) + eps)[i] X[i] (DeepSeek-V4's head).
 
     Args:
         x: [..., n, C]; fn: [n, nC]; scale: [1]; base: [n].
 
     Returns:
-        h [..., C] of x's dtype, what the final norm sees.
+        h [..., C] of x's dtype, what the final norm sees; with ``return_pre`` then the sigmoid's
+        sum pre [..., n], without a gradient.
     """
     flat = x.to(accumulation_dtype(x.dtype)).flatten(-2)
     m = rms_norm(flat, norm_eps) @ fn.T
-    return aggregate(x, torch.sigmoid(m * scale + base) + eps)
+    pre = torch.sigmoid(m * scale + base) + eps
+    h = aggregate(x, pre)
+    return (h, pre.detach()) if return_pre else h
 
 
 def mhc_expand(h: Tensor, n: int) -> Tensor:

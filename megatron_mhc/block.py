@@ -12,6 +12,7 @@ from .config import MHCConfig
 from .hyper_head import HyperHead
 from .layer import parameter_device
 from .pipeline.boundary import PriorityStream, ProgramOrder
+from .recompute import Mapped
 from .recompute_ahead import InFlight
 from .recompute_blocks import block_layers
 from .state import StreamState
@@ -62,14 +63,19 @@ class MHCTransformerBlock(TransformerBlock):
         (state,) = inputs
         if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
-        return self._note(state, self.hyper_head(state))
+        h, mapped = self.hyper_head.collapse(state)
+        passed = self._note(mapped, h)
+        if passed is not None:
+            self.boundary.loss_next(passed)
+        return h
 
-    def _note(self, state: StreamState, output: Tensor) -> Tensor:
-        """``output``, formed of ``state``; from its gradient on, nothing is replayed ahead."""
-        if state.discarded is not None:
-            passed = InFlight(state.discarded)
-            self.boundary.replays.begin(self.vp_stage or 0, passed, output)
-        return output
+    def _note(self, mapped: Mapped | None, output: Tensor) -> InFlight | None:
+        """The pass that gave ``output``; from its gradient on, nothing is replayed ahead."""
+        if mapped is None:
+            return None
+        passed = InFlight(mapped)
+        self.boundary.replays.begin(self.vp_stage or 0, passed, output)
+        return passed
 
     def replay_ahead(self, stream: torch.cuda.Stream | None = None) -> bool:
         """Replay what the next backward pass needs first: the last block of its stage.
@@ -104,5 +110,7 @@ class MHCTransformerBlock(TransformerBlock):
         if self.final_layernorm is None:
             if not isinstance(output, StreamState):  # a stage without layers
                 output = StreamState.from_flat(output, self.mhc.num_streams)
-            output = self._note(output, self.boundary.form(output, self.mhc.backend))
+            mapped = output.discarded
+            output = self.boundary.form(output, self.mhc.backend)
+            self._note(mapped, output)
         return output

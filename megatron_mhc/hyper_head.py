@@ -5,9 +5,10 @@ from torch import Tensor
 
 from megatron_mhc import kernels
 
-from . import recompute
 from .config import MHCConfig
 from .parameters import Float32Parameters, logit
+from .recompute import Mapped
+from .recompute_mapping import run_mapping
 from .state import StreamState
 
 
@@ -48,19 +49,31 @@ class HyperHead(Float32Parameters):
 
     def forward(self, state: StreamState) -> Tensor:
         """h [..., C] of the streams' dtype; a pending merge is formed in the same kernel."""
-        if not (self.config.recompute and torch.is_grad_enabled()):
-            return self._collapse(*state.tensors())[0]
-        return recompute.run(self._collapse, state.tensors(), state.stand_ins())[0][0]
+        return self.collapse(state)[0]
 
-    def _collapse(self, *tensors: Tensor) -> tuple[Tensor]:
-        """h of streams (x,) or of a pending merge (x, f, post, comb)."""
-        config = self.config
-        collapse = kernels.mhc_head if len(tensors) == 1 else kernels.mhc_post_head
+    def collapse(self, state: StreamState) -> tuple[Tensor, Mapped | None]:
+        """h [..., C], and with ``config.recompute`` the stand-ins for what was discarded."""
+        tensors = state.tensors()
+        if not (self.config.recompute and torch.is_grad_enabled()):
+            return self._collapse(*tensors)[1], None
+        x, n = tensors[0], self.config.num_streams
+        parameters = (self.fn, self.scale, self.base)
+        backend = kernels.choose_backend(
+            self.config.backend, (*tensors, *parameters), n=n, channels=x.shape[-1]
+        )
+        (_, h), mapped = run_mapping(self._collapse, tensors, state.stand_ins(), backend)
+        return h, mapped
+
+    def _collapse(self, x: Tensor, *merge: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, h and pre, of streams or of a pending merge (x, f, post, comb)."""
         mapping = (self.fn, self.scale, self.base)
         options = {
-            "eps": config.eps,
+            "eps": self.config.eps,
             "norm_eps": self.norm_eps,
+            "return_pre": True,
             "accumulate_main_grad": self.gradient_accumulation_fusion,
-            "backend": config.backend,
+            "backend": self.config.backend,
         }
-        return (collapse(*tensors, *mapping, **options),)
+        if merge:
+            return kernels.mhc_post_head(x, *merge, *mapping, **options)
+        return x, *kernels.mhc_head(x, *mapping, **options)

@@ -55,13 +55,13 @@ def run_mapping(
     """Map streams, and discard x and u and all that is large of what autograd saved of them.
 
     Args:
-        function: gives x, u, post, comb and pre of ``tensors``.
+        function: gives x, u, what is small, and last pre of ``tensors``.
         tensors: streams (x,), or a pending merge (x, f, post, comb).
         stand_ins: of each of them, None of what is kept.
         backend: "triton" or "torch", the one that serves the call.
 
     Returns:
-        x, u, post and comb; the stand-ins for x and u.
+        What the function gives but pre; the stand-ins for x and u.
     """
     outputs = function(*tensors)
     pre = outputs[-1]
@@ -69,7 +69,8 @@ def run_mapping(
     replay = MappingReplay(stand_ins[0] or x, merge, pre, backend)
     mapped = Mapped(replay.result(0), replay.result(1))
     known = Known()
-    for tensor, stand_in in zip([*outputs, *tensors], [*mapped, None, None, None, *stand_ins]):
+    small = [None] * (len(outputs) - len(mapped))
+    for tensor, stand_in in zip([*outputs, *tensors], [*mapped, *small, *stand_ins]):
         known.add(tensor, stand_in)
     unknown, count = discard_known(outputs, tensors, known)
     if unknown:  # PyTorch's steps of the mapping: called again, for one sublayer at a time

@@ -14,6 +14,7 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from megatron_mhc.recompute_ahead import InFlight
 from megatron_mhc.state import StreamState
 
 from .replays import Replays
@@ -58,6 +59,9 @@ class ProgramOrder:
     def replay_ahead(self) -> None:
         """Replay what the next backward pass needs first, before its gradient is waited for."""
         self.replays.replay_next()
+
+    def loss_next(self, passed: InFlight) -> None:
+        """Nothing: in one order, a replay can only come when the backward pass needs it."""
 
     def form(self, state: StreamState, backend: str) -> Tensor:
         """The stage's output [s, b, n*C] of the model's dtype."""
@@ -108,6 +112,13 @@ class PriorityStream:
         ended, and its memory is free, before the next one's replay holds any.
         """
         self.replays.replay_next(self.stream)
+
+    def loss_next(self, passed: InFlight) -> None:
+        """Replay the last stage's block while the main stream is busy with the output layer.
+
+        Its backward pass follows its forward pass, and there is no receive to wait for.
+        """
+        passed.replay(self.stream)
 
     def form(self, state: StreamState, backend: str) -> Tensor:
         """The stage's output [s, b, n*C], formed behind what the current stream holds now.

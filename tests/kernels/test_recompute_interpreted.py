@@ -4,7 +4,7 @@ import interpreter  # noqa: F401  (first: it mends the interpreter)
 import pytest
 import torch
 
-from megatron_mhc import HyperConnection, MHCConfig, StreamState, kernels
+from megatron_mhc import HyperConnection, HyperHead, MHCConfig, StreamState, kernels
 from tests.models import build_gpt, random_tokens, scramble_mappings
 
 
@@ -45,9 +45,10 @@ def test_gradients_have_the_same_bits(recompute, settings, expected):
 
 
 def test_no_mapping_is_computed_again(monkeypatch, expected):
-    """One replay for the sublayers of a block, neither their products nor Sinkhorn."""
+    """One replay for the sublayers of a block, one for the head: no products, no Sinkhorn."""
     calls = []
-    for owner, name in ((HyperConnection, "_map"), (kernels, "mhc_replay")):
+    watched = ((HyperConnection, "_map"), (HyperHead, "_collapse"), (kernels, "mhc_replay"))
+    for owner, name in watched:
         function = getattr(owner, name)
 
         def noted(*tensors, name=name, function=function, **options):
@@ -56,7 +57,7 @@ def test_no_mapping_is_computed_again(monkeypatch, expected):
 
         monkeypatch.setattr(owner, name, noted)
     found = gradients(recompute=True, recompute_layer_num=2)
-    assert calls == ["_map"] * 4 + ["mhc_replay"]
+    assert calls == ["_map"] * 4 + ["_collapse"] + ["mhc_replay"] * 2
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
 

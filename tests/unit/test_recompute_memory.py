@@ -5,7 +5,14 @@ import gc
 import pytest
 import torch
 
-from megatron_mhc import HyperConnection, MHCConfig, kernels, recompute, recompute_sublayer
+from megatron_mhc import (
+    HyperConnection,
+    HyperHead,
+    MHCConfig,
+    kernels,
+    recompute,
+    recompute_sublayer,
+)
 from megatron_mhc.saved_tensors import saved_between
 from tests.live_memory import LiveMemory
 from tests.models import build_gpt, random_tokens, scramble_mappings
@@ -163,18 +170,22 @@ class TestReplayAhead:
     def watch(self, monkeypatch):
         """pre of every mapping by its connection, and the lists of pre that were replayed."""
         mapped, replayed = {}, []
-        map_streams, replay = HyperConnection._map, kernels.mhc_replay
+        replay = kernels.mhc_replay
 
-        def noted(self, *tensors):
-            outputs = map_streams(self, *tensors)
-            mapped.setdefault(self, outputs[-1].data_ptr())
-            return outputs
+        def noting(map_streams):
+            def noted(self, *tensors):
+                outputs = map_streams(self, *tensors)
+                mapped.setdefault(self, outputs[-1].data_ptr())
+                return outputs
+
+            return noted
 
         def noted_replay(x, merges, pres, **options):
             replayed.append([pre.data_ptr() for pre in pres])
             return replay(x, merges, pres, **options)
 
-        monkeypatch.setattr(HyperConnection, "_map", noted)
+        monkeypatch.setattr(HyperConnection, "_map", noting(HyperConnection._map))
+        monkeypatch.setattr(HyperHead, "_collapse", noting(HyperHead._collapse))
         monkeypatch.setattr(kernels, "mhc_replay", noted_replay)
         return mapped, replayed
 
@@ -194,10 +205,11 @@ class TestReplayAhead:
             for layer in model.decoder.layers
             for connection in (layer.self_attention_hyper_connection, layer.mlp_hyper_connection)
         ]
-        assert replayed == [pres[4:]]
+        last_block = [*pres[4:], mapped[model.decoder.hyper_head]]
+        assert replayed == [last_block]
         assert not model.decoder.replay_ahead()
         loss.backward()
-        assert replayed == [pres[4:], pres[:4]]
+        assert replayed == [last_block, pres[:4]]
         for (name, ours), theirs in zip(model.named_parameters(), expected.parameters()):
             assert torch.equal(ours.grad, theirs.grad), name
 
