@@ -101,6 +101,7 @@ def settings_of(args, link: str) -> dict:
             name: getattr(args, name)
             for name in ("layers", "hidden", "ffn", "streams", "vocabulary", "length")
         },
+        "recompute_layer_num": args.recompute_layer_num,
         "micro_batch": args.micro_batch,
         "micro_batches": args.micro_batches,
         "steps": args.steps,
@@ -241,6 +242,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for results and logs")
     parser.add_argument("--cases", nargs="+", type=case_name, default=CASES, help="in this order")
+    parser.add_argument("--recompute-layer-num", type=int, help="of +recompute; default: eq. 20")
     parser.add_argument("--nccl-p2p-channels", type=int, help="NCCL_MAX_P2P_NCHANNELS of all cases")
     parser.add_argument("--chunks", nargs="+", type=int, default=[2, 1, 4])
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))

@@ -232,7 +232,11 @@ class Case:
         self.config = transformer_config(settings, mode, division.stages, division.chunks)
         mhc = None
         if not mode.plain:
-            mhc = MHCConfig(num_streams=settings["streams"], recompute=mode.recompute)
+            blocks = settings["recompute_layer_num"] if mode.recompute else None
+            streams = settings["streams"]
+            mhc = MHCConfig(
+                num_streams=streams, recompute=mode.recompute, recompute_layer_num=blocks
+            )
         boundary = mode.boundary()
         self.chunks = build_chunks(settings, self.config, mhc, boundary)
         self.slots = {}

@@ -33,8 +33,15 @@ from pipeline_cases import Pipeline  # noqa: E402
 from pipeline_model import STREAMS, VOCABULARY, build_chunks  # noqa: E402
 
 from megatron_mhc import patches  # noqa: E402
-from megatron_mhc.pipeline import PipelineCommunicator, PriorityStream, ProgramOrder  # noqa: E402
+from megatron_mhc.pipeline import (  # noqa: E402
+    PipelineCommunicator,
+    PriorityStream,
+    ProgramOrder,
+    copy_tracks,  # noqa: E402
+)
 from megatron_mhc.pipeline.boundary import flat_output  # noqa: E402
+from megatron_mhc.pipeline.copy_tracks import CopyTracks  # noqa: E402
+from megatron_mhc.pipeline.inbox import Inbox  # noqa: E402
 
 GPU = torch.cuda.is_available()
 LENGTH, MICRO_BATCH, MICRO_BATCHES = (256, 2, 4) if GPU else (16, 1, 4)
@@ -50,6 +57,8 @@ class Disturbed(PriorityStream):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._random = random.Random(seed)
+        self.copies: tuple[torch.cuda.Stream, ...] = ()
+        """Streams of the copy transport."""
 
     def _delay(self) -> None:
         """On the current stream, half of the times."""
@@ -58,7 +67,8 @@ class Disturbed(PriorityStream):
 
     def _disturb_all(self) -> None:
         shapes = [(LENGTH, MICRO_BATCH, width * HIDDEN) for width in (1, STREAMS)]
-        for stream in (torch.cuda.current_stream(), self.stream, self._completions):
+        streams = (torch.cuda.current_stream(), self.stream, self._completions, *self.copies)
+        for stream in streams:
             with torch.cuda.stream(stream):
                 for shape in shapes * 2:
                     torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
@@ -147,7 +157,22 @@ class ForgottenSend(Disturbed):
         return super().completion(handle)
 
 
+class OverwrittenInbox(Inbox):
+    """Overwrites a slot before it is given back."""
+
+    def _give_back(self, slot, count, streams):
+        last = torch.cuda.Stream()
+        for stream in streams:
+            last.wait_stream(stream)
+        with torch.cuda.stream(last):
+            address = self._memory + slot * self.address.size
+            shape = (self.address.size // torch.bfloat16.itemsize,)
+            self._engine.tensor(address, shape, torch.bfloat16, None).fill_(float("nan"))
+        super()._give_back(slot, count, (last,) * len(streams))
+
+
 def boundary_of(kind: str):
+    kind = kind.removeprefix("nccl ")
     if kind == "none":
         return None
     if not GPU:
@@ -200,12 +225,22 @@ def train(pipeline: Pipeline, kind: str, steps: int) -> list[list[float]]:
     )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     boundary = boundary_of(kind)
+    copy_tracks.Inbox = OverwrittenInbox if isinstance(boundary, Disturbed) else Inbox
     chunks = build_chunks(replace(pipeline, overlap="none" if kind == "none" else "post"), boundary)
     slots = {}
     if pipeline.pp > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         config = chunks[0].config
-        slots["p2p_communicator"] = PipelineCommunicator(group, config, STREAMS, boundary)
+        communicator = PipelineCommunicator(
+            group,
+            config,
+            STREAMS,
+            boundary,
+            transport="nccl" if kind.startswith("nccl") else "auto",
+        )
+        slots["p2p_communicator"] = communicator
+        if isinstance(boundary, Disturbed) and isinstance(communicator._tracks, CopyTracks):
+            boundary.copies = tuple(communicator._tracks.engine.streams.values())
         slots["pg_collection"] = ProcessGroupCollection.use_mpu_process_groups()
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -255,13 +290,14 @@ def main(output: Path, scale: float) -> None:
         "single": (whole, "none", short),
         "chunks": (chunks, "post", long),
         "chunks disturbed": (chunks, "disturbed", long),
+        "single recomputed": (replace(whole, recompute=True), "none", short),
+        "stages": (stages, "post", long),
+        "stages disturbed": (stages, "disturbed", long),
         "chunks replayed": (replace(chunks, replay=True), "disturbed", short),
         "unordered merge": (chunks, "unordered merge", few),
         "unordered gradient": (chunks, "unordered gradient", few),
         "forgotten send": (chunks, "forgotten send", few),
-        "single recomputed": (replace(whole, recompute=True), "none", short),
-        "stages": (stages, "post", long),
-        "stages disturbed": (stages, "disturbed", long),
+        "chunks nccl disturbed": (chunks, "nccl disturbed", short),
         "chunks none": (chunks, "none", short),
     }
     for name, run in runs.items():

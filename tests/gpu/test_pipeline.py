@@ -122,8 +122,9 @@ def test_replays_ahead_change_no_bit(losses):
     assert losses["chunks replayed"] == losses["chunks"][: len(losses["chunks replayed"])]
 
 
-def test_overlap_post_computes_what_overlap_none_computes(losses):
-    assert losses["chunks"][: len(losses["chunks none"])] == losses["chunks none"]
+@pytest.mark.parametrize("other", ["chunks none", "chunks nccl disturbed"])
+def test_other_ways_to_send_change_no_bit(losses, other):
+    assert losses["chunks"][: len(losses[other])] == losses[other]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
