@@ -1,6 +1,6 @@
 """The transformer block between the streams' entry and exit."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,38 +58,46 @@ class MHCTransformerBlock(TransformerBlock):
             layers = block_layers(self.mhc, len(self.layers))
             for layer in self.layers[::layers]:
                 layer.starts_recomputed_block = True
+            if self.final_layernorm is not None and config.pipeline_model_parallel_size > 1:
+                self._keep_last_block((len(self.layers) - 1) // layers * layers)
+
+    def _keep_last_block(self, first: int) -> None:
+        """Recompute nothing from layer ``first`` of this stage on.
+
+        The backward pass of a pipeline's last stage follows its forward pass at once: what was
+        dropped would be formed again at once, and its first block is held by one pass at a time.
+        """
+        connections = [
+            connection
+            for layer in self.layers[first:]
+            for connection in (layer.self_attention_hyper_connection, layer.mlp_hyper_connection)
+        ]
+        for module in (*connections, self.hyper_head):
+            module.config = replace(module.config, recompute=False)
 
     def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
         (state,) = inputs
         if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
         h, mapped = self.hyper_head.collapse(state)
-        passed = self._note(mapped, h)
-        if passed is not None:
-            self.boundary.loss_next(passed)
+        self._note(mapped, h)
         return h
 
-    def _note(self, mapped: Mapped | None, output: Tensor) -> InFlight | None:
-        """The pass that gave ``output``; from its gradient on, nothing is replayed ahead."""
-        if mapped is None:
-            return None
-        passed = InFlight(mapped)
-        self.boundary.replays.begin(self.vp_stage or 0, passed, output)
-        return passed
+    def _note(self, mapped: Mapped | None, output: Tensor) -> None:
+        """Note the pass that gave ``output``; from its gradient on, nothing is replayed ahead."""
+        if self.mhc.recompute and torch.is_grad_enabled():
+            self.boundary.replays.begin(self.vp_stage or 0, InFlight(mapped), output)
 
-    def replay_ahead(self, stream: torch.cuda.Stream | None = None) -> bool:
+    def replay_ahead(self) -> bool:
         """Replay what the next backward pass needs first: the last block of its stage.
 
         A PipelineCommunicator does so while the gradient is on its way; this is for a schedule of
         your own. Earlier blocks are replayed when the backward pass reaches them.
 
-        Args:
-            stream: where to replay; None is the current one.
-
         Returns:
             Whether there was anything to replay.
         """
-        return self.boundary.replays.replay_next(stream)
+        return self.boundary.replays.replay_next()
 
     def forward(self, hidden_states: Tensor | WrappedTensor | None, *args: Any, **kwargs: Any):
         """TransformerBlock's forward, on streams.

@@ -59,4 +59,7 @@ def describe_blocks(mhc: MHCConfig, stages: Sequence[int]) -> str:
         for layers in sorted(set(stages) - {0})
     ]
     why = "eq. 20" if asked is None else f"--mhc-recompute-layer-num {asked}"
-    return f"mHC recompute: blocks of {', '.join(sizes)} ({why})"
+    kept = ""
+    if len(stages) > 1:
+        kept = "; the last stage's last block is kept, its backward pass comes at once"
+    return f"mHC recompute: blocks of {', '.join(sizes)} ({why}){kept}"

@@ -14,7 +14,6 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_mhc.recompute_ahead import InFlight
 from megatron_mhc.state import StreamState
 
 from .replays import Replays
@@ -55,13 +54,6 @@ class ProgramOrder:
 
     def __init__(self) -> None:
         self.replays = Replays()
-
-    def replay_ahead(self) -> None:
-        """Replay what the next backward pass needs first, before its gradient is waited for."""
-        self.replays.replay_next()
-
-    def loss_next(self, passed: InFlight) -> None:
-        """Nothing: in one order, a replay can only come when the backward pass needs it."""
 
     def form(self, state: StreamState, backend: str) -> Tensor:
         """The stage's output [s, b, n*C] of the model's dtype."""
@@ -104,21 +96,6 @@ class PriorityStream:
     @functools.cached_property
     def _completions(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
-
-    def replay_ahead(self) -> None:
-        """Replay what the next backward pass needs first, while the main stream goes on.
-
-        Called behind the send of a gradient, it starts when that is complete: one backward pass has
-        ended, and its memory is free, before the next one's replay holds any.
-        """
-        self.replays.replay_next(self.stream)
-
-    def loss_next(self, passed: InFlight) -> None:
-        """Replay the last stage's block while the main stream is busy with the output layer.
-
-        Its backward pass follows its forward pass, and there is no receive to wait for.
-        """
-        passed.replay(self.stream)
 
     def form(self, state: StreamState, backend: str) -> Tensor:
         """The stage's output [s, b, n*C], formed behind what the current stream holds now.

@@ -116,9 +116,8 @@ class PipelineCommunicator(P2PCommunicator):
         if "recv_prev" in received:
             self.boundary.expect_gradient(received["recv_prev"])
         if "recv_next" in received:
-            self.boundary.replay_ahead()
-            # In cool-down the receive is posted before the backward pass that precedes it.
-            handles["recv_next"] = ReplayedBefore(handles["recv_next"], self.boundary.replay_ahead)
+            replays = self.boundary.replays
+            handles["recv_next"] = ReplayedBefore(handles["recv_next"], replays.replay_next)
         if wait_on_reqs:
             for handle in handles.values():
                 handle.wait()

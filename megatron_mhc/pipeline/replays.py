@@ -1,14 +1,15 @@
 """Which forward pass is replayed ahead: that of the backward pass which comes next.
 
-A replay needs nothing of the gradient that the backward pass waits for (paper section 4.3.3), so it
-runs while the gradient is on its way. Never more than one at a time: what it forms stays until the
-backward pass has read it.
+A replay needs nothing of the gradient that the backward pass waits for (paper section 4.3.3), so
+it is put before that wait and runs while the gradient is on its way. On the main stream: that one
+has nothing else to do then, and where the gradient is there already a stream beside it gains
+nothing, since a matrix product leaves no room on an SM, and holds memory of its own
+(docs/benchmarks/pipeline.md).
 """
 
 import weakref
 from collections import defaultdict
 
-import torch
 from torch import Tensor
 
 from megatron_mhc.recompute_ahead import InFlight
@@ -77,11 +78,8 @@ class Replays:
             first += size
         return None
 
-    def replay_next(self, stream: torch.cuda.Stream | None = None) -> bool:
-        """Replay what the next backward pass needs first, if it was not yet.
-
-        Args:
-            stream: where to; None is the current one.
+    def replay_next(self) -> bool:
+        """Replay what the next backward pass needs first on the current stream, if it was not yet.
 
         Returns:
             Whether anything was replayed.
@@ -89,7 +87,7 @@ class Replays:
         passed = self.next()
         if passed is None or not passed.waiting:
             return False
-        passed.replay(stream)
+        passed.replay()
         return True
 
 

@@ -72,9 +72,9 @@ def watch_replays() -> list[dict]:
         pass_of[id(output)] = passed  # the schedule keeps the output until its backward pass
         begin(self, chunk, passed, output)
 
-    def watched_replay(self, stream=None):
+    def watched_replay(self):
         ahead.append(self)
-        replay(self, stream)
+        replay(self)
 
     def watched_backward(input_tensor, output, gradient, config):
         one_output, one_gradient = (

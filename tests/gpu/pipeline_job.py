@@ -99,12 +99,6 @@ class Disturbed(PriorityStream):
             self._delay()
         return super().completion(handle)
 
-    def replay_ahead(self):
-        with torch.cuda.stream(self.stream):
-            self._delay()
-        super().replay_ahead()
-        self._disturb_all()
-
 
 class Lagging(Disturbed):
     """The main stream is always late: who does not wait for it is always wrong."""
@@ -143,7 +137,9 @@ class ForgottenSend(Disturbed):
     @contextlib.contextmanager
     def sending(self, tensor):
         with super().sending(tensor):
-            torch.cuda._sleep(LAG)
+            for stream in (torch.cuda.current_stream(), *self.copies):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(LAG)
             self._sent = tensor
             yield
 

@@ -114,28 +114,6 @@ def test_a_gradient_is_sent_behind_the_moment_it_was_complete(boundary):
     assert FakeStream.log[3:] == [(HIGH, "waits for event on", "main at 0")]
 
 
-def test_a_replay_runs_behind_the_gradient_that_was_sent(boundary):
-    """On the same stream: not before the backward pass has ended that formed the gradient."""
-
-    class Passed:
-        waiting = True
-
-        def replay(self, stream):
-            FakeStream.log.append((stream.name, "replays", ""))
-
-    boundary.replays.begin(0, Passed(), torch.randn(3, requires_grad=True) * 2)
-    assert boundary.replays.next() is None, "nobody holds its output"
-    output = torch.randn(3, requires_grad=True) * 2
-    boundary.replays.begin(0, Passed(), output)
-    received = torch.randn(3, 2, 32, requires_grad=True)
-    boundary.expect_gradient(received)
-    (received * 2).sum().backward()
-    send(boundary, received.grad)
-    boundary.replay_ahead()
-    assert FakeStream.log == [(HIGH, "waits for event on", "main at 0"), (HIGH, "replays", "")]
-    assert FakeStream.current.name == "main"
-
-
 def test_an_event_serves_one_send(boundary):
     received = torch.randn(3, 2, 32, requires_grad=True)
     boundary.expect_gradient(received)

@@ -26,7 +26,6 @@ class Pass:
 
     def __init__(self, replays, chunk: int) -> None:
         self.waiting = True
-        self.stream = "nowhere"
         self.output = torch.ones(1, requires_grad=True) * 2
         replays.begin(chunk, self, self.output)
 
@@ -34,8 +33,8 @@ class Pass:
         self.waiting = False
         self.output.sum().backward()
 
-    def replay(self, stream) -> None:
-        self.stream, self.waiting = stream, False
+    def replay(self) -> None:
+        self.waiting = False
 
 
 def orders(table, chunks: int) -> tuple[list, list]:
@@ -83,12 +82,12 @@ def test_a_pass_that_has_not_run_is_not_taken_for_another(parts):
 def test_one_pass_is_replayed_until_its_backward_pass_has_run(parts):
     replays = parts.Replays()
     passes = [Pass(replays, 0) for _ in range(2)]
-    assert replays.replay_next("high")
-    assert not replays.replay_next("high")
-    assert [passed.stream for passed in passes] == ["high", "nowhere"]
+    assert replays.replay_next()
+    assert not replays.replay_next()
+    assert [passed.waiting for passed in passes] == [False, True]
     passes[0].backward()
-    assert replays.replay_next("high")
-    assert passes[1].stream == "high"
+    assert replays.replay_next()
+    assert not passes[1].waiting
 
 
 def test_a_step_that_was_given_up_is_forgotten(parts):
