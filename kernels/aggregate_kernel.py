@@ -60,23 +60,23 @@ def aggregate_kernel(
         squares = sum_splits(squares_ptr, rows, tokens, splits, 1)
         r = tl.rsqrt(squares / (N * C) + norm_eps)
         tl.store(r_ptr + rows, r, mask=valid)
-        at = rows[:, None] * ROWS + i[None, :]
-        m = r[:, None] * sum_splits(products_ptr, at, tokens, splits, ROWS)
+        at = rows[:, None] * ROWS
+        m = r[:, None] * sum_splits(products_ptr, at + i[None, :], tokens, splits, ROWS)
         tl.store(m_ptr + rows[:, None] * count + i[None, :], m, mask=valid[:, None])
         if not HEAD:
-            m = r[:, None] * sum_splits(products_ptr, at + N, tokens, splits, ROWS)
+            m = r[:, None] * sum_splits(products_ptr, at + N + i[None, :], tokens, splits, ROWS)
             tl.store(m_ptr + rows[:, None] * count + N + i[None, :], m, mask=valid[:, None])
             post = 2 * tl.sigmoid(m * tl.load(scale_ptr + 1) + tl.load(base_ptr + N + i)[None, :])
             tl.store(post_ptr + rows[:, None] * N + i[None, :], post, mask=valid[:, None])
 
-            ij = i[None, :, None] * N + i[None, None, :]
-            at = rows[:, None, None] * ROWS + 2 * N + ij
-            m = r[:, None, None] * sum_splits(products_ptr, at, tokens, splits, ROWS)
-            wide = valid[:, None, None]
-            tl.store(m_ptr + rows[:, None, None] * count + 2 * N + ij, m, mask=wide)
+            # Matrices flat in memory's order, so that each lies within a warp.
+            ij = tl.arange(0, N * N)[None, :]
+            m = r[:, None] * sum_splits(products_ptr, at + 2 * N + ij, tokens, splits, ROWS)
+            tl.store(m_ptr + rows[:, None] * count + 2 * N + ij, m, mask=valid[:, None])
             logits = m * tl.load(scale_ptr + 2) + tl.load(base_ptr + 2 * N + ij)
-            comb = sinkhorn_forward(logits, eps, ITERATIONS)
-            tl.store(comb_ptr + rows[:, None, None] * (N * N) + ij, comb, mask=wide)
+            comb = sinkhorn_forward(tl.reshape(logits, (BLOCK_M, N, N)), eps, ITERATIONS)
+            comb = tl.reshape(comb, (BLOCK_M, N * N))
+            tl.store(comb_ptr + rows[:, None] * (N * N) + ij, comb, mask=valid[:, None])
         return
 
     # Last tokens first: they are the ones the pass before this left in L2.

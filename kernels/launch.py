@@ -23,7 +23,6 @@ CONFIGS = {
     "aggregate": {"BLOCK_C": 2048, "num_warps": 4, "num_stages": 1},
     "replay": {"BLOCK_C": 1024, "num_warps": 4, "num_stages": 1},
     "aggregate_backward": {"BLOCK_C": 2048, "num_warps": 4, "num_stages": 1},
-    "mapping_backward": {"BLOCK": 8, "num_warps": 1},
     "streams": {"BLOCK_T": 32, "BLOCK_C": 64, "num_warps": 8, "num_stages": 1, "STAGES": 3},
     "post_streams": {
         "BLOCK_T": 32,

@@ -1,4 +1,4 @@
-"""Backward of post, pre, head and post_pre: four launches. Tensors are [T, ...], contiguous."""
+"""Backward of post, pre, head and post_pre: three launches. Tensors are [T, ...], contiguous."""
 
 import logging
 import os
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .aggregate_backward_kernel import aggregate_backward_kernel
 from .launch import (
-    CONFIGS,
     POST_STREAMS_RESIDENT,
     STREAMS_RESIDENT,
     cdiv,
@@ -21,16 +20,19 @@ from .launch import (
     pieces,
     walk,
 )
-from .mapping_backward_kernel import mapping_backward_kernel
 from .reduce_kernel import reduce_kernel
 from .run_kernel import TESTED_TRITON, Descriptor, run_kernel
 from .streams_backward_kernel import streams_backward_kernel
 
 logger = logging.getLogger(__name__)
 
-# Columns and shares that one program of reduce_kernel sums at a time, and rows of the mapping's
-# shares, which two programs sum alone.
-REDUCE_BLOCK, REDUCE_SHARES, REDUCE_ROWS = 256, 16, 256
+# Columns and shares that one program of reduce_kernel sums at a time, the same of d fn, which has
+# few shares, and shares of base and scale.
+REDUCE_BLOCK, REDUCE_SHARES = 128, 64
+REDUCE_FN_BLOCK, REDUCE_FN_SHARES = 512, 4
+REDUCE_ROWS = 2048
+# Tokens of a program that computes gradients of the mappings.
+MAPPING_BACKWARD_BLOCK = 8
 # Tiles of the Hopper kernel in the time that a block of channels takes to begin (8192 x 4096: even
 # pieces of 125 took 335 us, whole ones of 128 took 330).
 BEGIN = 5
@@ -92,6 +94,15 @@ def backward(
     return dx, df, *reduce(shares, mapping_parts, merge, mapping, x, main_grads)
 
 
+class MappingParts(NamedTuple):
+    """Shares of the gradients of base, then scale: of pre's [n + 1, blocks], and of post's and
+    comb's [count - n + 2, programs].
+    """
+
+    pre: Tensor
+    rest: Tensor
+
+
 def mapping_backward(
     merge: tuple[Tensor, Tensor, Tensor] | None,
     mapping: tuple[Tensor, Tensor, Tensor],
@@ -99,7 +110,7 @@ def mapping_backward(
     grads: tuple[Tensor, Tensor | None, Tensor | None],
     iterations: int,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, MappingParts]:
     """The tokens' numbers [T, WIDTH], dz's bf16 planes [T, 2 * ROWS] (mapping_backward_kernel) and
     the shares of dscale and dbase.
     """
@@ -110,53 +121,48 @@ def mapping_backward(
     count = fn.shape[0]
     rows = padded_rows(count)
     empty = {"dtype": torch.float32, "device": fn.device}
-    width = rows + padded_rows(n * n + 2 * n + 1)
+    width = rows + padded_rows(n * n + 2 * n + 2)
     numbers = torch.empty((tokens, width), **empty)
     planes = torch.empty((tokens, 2 * rows), dtype=torch.bfloat16, device=fn.device)
-    block = CONFIGS["mapping_backward"]
-    programs = cdiv(tokens, block["BLOCK"])
-    parts = torch.empty((programs, 2, count), **empty)
-    if not tokens:
-        return numbers, planes, parts
-    dpre = torch.empty((tokens, n), **empty)
     options = walk("aggregate_backward", channels)
-    run_kernel(
-        aggregate_backward_kernel,
-        (cdiv(tokens, options["BLOCK_T"]),),
-        x_next,
-        du,
-        dpre,
-        tokens,
-        N=n,
-        C=channels,
-        **options,
+    blocks = cdiv(tokens, options["BLOCK_T"])
+    map_programs = cdiv(tokens, MAPPING_BACKWARD_BLOCK)
+    parts = MappingParts(
+        torch.empty((n + 1, blocks), **empty),
+        torch.empty((count - n + 2, map_programs), **empty),
     )
-    run_kernel(
-        mapping_backward_kernel,
-        (programs,),
-        m,
-        r,
-        scale,
-        base,
-        dpre,
-        dpost,
-        dcomb,
-        merge[1] if merge else None,
-        merge[2] if merge else None,
-        numbers,
-        planes,
-        parts,
-        tokens,
-        eps,
-        N=n,
-        C=channels,
-        ROWS=rows,
-        WIDTH=width,
-        MERGE=merge is not None,
-        HEAD=count == n,
-        ITERATIONS=iterations,
-        **block,
-    )
+    if tokens:
+        run_kernel(
+            aggregate_backward_kernel,
+            (map_programs + blocks,),
+            x_next,
+            du,
+            m,
+            r,
+            scale,
+            base,
+            dpost,
+            dcomb,
+            merge[1] if merge else None,
+            merge[2] if merge else None,
+            numbers,
+            planes,
+            *parts,
+            tokens,
+            map_programs,
+            # The mappings are done when half of the streams are.
+            max(1, blocks // (2 * map_programs)),
+            eps,
+            N=n,
+            C=channels,
+            ROWS=rows,
+            WIDTH=width,
+            MERGE=merge is not None,
+            HEAD=count == n,
+            ITERATIONS=iterations,
+            BLOCK_M=MAPPING_BACKWARD_BLOCK,
+            **options,
+        )
     return numbers, planes, parts
 
 
@@ -318,7 +324,7 @@ def streams_backward_hopper(
 
 def reduce(
     shares: Shares,
-    mapping_parts: Tensor | None,
+    mapping_parts: MappingParts | None,
     merge: tuple[Tensor, Tensor, Tensor] | None,
     mapping: tuple[Tensor, Tensor, Tensor] | None,
     x: Tensor,
@@ -330,6 +336,7 @@ def reduce(
     """
     tokens, n, channels = x.shape
     dposts, dcombs, dfns = shares.dpost, shares.dcomb, shares.dfn
+    pre_parts, rest_parts = mapping_parts or (None, None)
     dpost = dcomb = dfn = dscale = dbase = None
     post_blocks = comb_blocks = fn_blocks = count = 0
     if merge:
@@ -346,9 +353,9 @@ def reduce(
             dfn = dfns[0] if dfns.shape[0] == 1 else torch.empty_like(fn)
             dscale, dbase = torch.empty_like(scale), torch.empty_like(base)
         if main_grads or dfns.shape[0] > 1:
-            fn_blocks = cdiv(fn.numel(), REDUCE_BLOCK)
+            fn_blocks = cdiv(fn.numel(), REDUCE_FN_BLOCK)
     segments = 0 if mapping is None else 1 if count == n else 3
-    programs = comb_blocks + post_blocks + fn_blocks + 2 * (segments > 0)
+    programs = comb_blocks + post_blocks + fn_blocks + count + segments
     if programs:
         run_kernel(
             reduce_kernel,
@@ -359,28 +366,32 @@ def reduce(
             dpost,
             dcombs,
             dcomb,
-            mapping_parts,
+            pre_parts,
+            rest_parts,
             dscale,
             dbase,
             tokens,
             dfns.shape[0] if mapping else 0,
             shares.tiles,
             shares.work,
-            shares.channels,
             dposts.shape[0] if merge else 0,
-            mapping_parts.shape[0] if mapping else 0,
-            fn_blocks,
+            pre_parts.shape[1] if mapping else 0,
+            rest_parts.shape[1] if mapping else 0,
             comb_blocks,
+            post_blocks,
             N=n,
             C=channels,
+            CHANNELS=shares.channels,
             COUNT=count,
             SEGMENTS=segments,
             MERGE=merge is not None,
             BLOCK_S=REDUCE_SHARES,
             BLOCK=REDUCE_BLOCK,
+            FN_BLOCK_S=REDUCE_FN_SHARES,
+            FN_BLOCK=REDUCE_FN_BLOCK,
             ROWS=REDUCE_ROWS,
             ADD=main_grads is not None,
-            num_warps=8,
+            num_warps=4,
             num_stages=1,
         )
     if main_grads:

@@ -26,16 +26,23 @@ def sum_parts(
 ):
     """out[j] = sum_s parts[s, j] for BLOCK columns j of parts [most, width], in a fixed order; the
     columns have ``parts`` of them, one number or a vector. With ADD the sum is added to out.
+
+    Parts are read once, and the L2 cache is told so: the streams' gradient asked it to keep them.
     """
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = tl.zeros_like(at) + parts
     part = tl.arange(0, BLOCK_S)
-    total = tl.zeros((BLOCK_S, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, most, BLOCK_S):
         s = first + part
-        mask = (s[:, None] < there[None, :]) & (at < width)[None, :]
-        total += tl.load(parts_ptr + s[:, None] * width + at[None, :], mask=mask, other=0.0)
-    store(out_ptr + at, tl.sum(total, 0), at < width, ADD)
+        tile = tl.load(
+            parts_ptr + s[:, None] * width + at[None, :],
+            mask=(s[:, None] < there[None, :]) & (at < width)[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        total += tl.sum(tile, 0)
+    store(out_ptr + at, total, at < width, ADD)
 
 
 @triton.jit
@@ -48,46 +55,20 @@ def pieces_of(channel, channels, tiles, work):
 
 
 @triton.jit
-def sum_mapping(
-    parts_ptr,
-    dscale_ptr,
-    dbase_ptr,
-    half,
-    programs,
-    N: tl.constexpr,
-    COUNT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """dbase [COUNT] (half 0) or dscale [SEGMENTS] (half 1) from parts [programs, 2, COUNT], with
-    ADD added to what is there.
-    """
-    columns: tl.constexpr = triton.next_power_of_2(COUNT)
-    column = tl.arange(0, columns)
+def sum_row(parts_ptr, out_ptr, count, ROWS: tl.constexpr, ADD: tl.constexpr):
+    """out = the sum of parts [count]; with ADD it is added to out."""
     part = tl.arange(0, ROWS)
-    totals = tl.zeros((ROWS, columns), tl.float32)
-    for first in range(0, programs, ROWS):
-        at = (2 * (first + part) + half)[:, None] * COUNT + column[None, :]
-        mask = (first + part < programs)[:, None] & (column < COUNT)[None, :]
-        totals += tl.load(parts_ptr + at, mask=mask, other=0.0)
-    total = tl.sum(totals, 0)
-    if half == 0:
-        store(dbase_ptr + column, total, column < COUNT, ADD)
-    else:
-        for segment in tl.static_range(SEGMENTS):
-            low = segment * N
-            high = (segment + 1) * N if segment < 2 else COUNT
-            inside = (column >= low) & (column < high)
-            store(dscale_ptr + segment, tl.sum(tl.where(inside, total, 0.0), 0), None, ADD)
+    totals = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, count, ROWS):
+        totals += tl.load(parts_ptr + first + part, mask=first + part < count, other=0.0)
+    store(out_ptr, tl.sum(totals, 0), None, ADD)
 
 
-# In Megatron's buffers main_grad is aligned in every way: one compiled kernel serves all, and with
-# one number a thread it has no use for more.
+# In Megatron's buffers main_grad is aligned in every way: one compiled kernel serves all.
 @triton.jit(
     do_not_specialize=[
-        "tokens", "most", "tiles", "work", "channels", "chunks", "programs", "fn_blocks",
-        "comb_blocks",
+        "tokens", "most", "tiles", "work", "chunks", "pre_programs", "programs", "comb_blocks",
+        "post_blocks",
     ],
     do_not_specialize_on_alignment=["dfn_ptr", "dscale_ptr", "dbase_ptr"],
 )  # fmt: skip
@@ -98,6 +79,7 @@ def reduce_kernel(
     dpost_ptr,
     dcomb_parts_ptr,
     dcomb_ptr,
+    pre_parts_ptr,
     mapping_parts_ptr,
     dscale_ptr,
     dbase_ptr,
@@ -105,45 +87,60 @@ def reduce_kernel(
     most,
     tiles,
     work,
-    channels,
     chunks,
+    pre_programs,
     programs,
-    fn_blocks,
     comb_blocks,
+    post_blocks,
     N: tl.constexpr,
     C: tl.constexpr,
+    CHANNELS: tl.constexpr,
     COUNT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     MERGE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
+    FN_BLOCK_S: tl.constexpr,
+    FN_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """d fn of [most, COUNT, N * C] (as many as pieces_of says), d post and d comb of
-    [chunks, tokens, N] and [.., N * N], and d scale and d base of [programs, 2, COUNT]: each group
-    of programs sums one of them. Without a merge there are no d post and d comb; without a mapping
-    SEGMENTS is 0 and there is no other. With ADD the mapping's three are added to what is there.
+    """d fn of [most, COUNT, N * C] (as many as pieces_of says for blocks of CHANNELS), d post and
+    d comb of [chunks, tokens, N] and [.., N * N], and d base and d scale of [N + 1, pre_programs]
+    and [COUNT - N + 2, programs]: each group of programs sums one of them. Without a merge there
+    are no d post and d comb; without a mapping SEGMENTS is 0 and there is no other. With ADD the
+    mapping's three are added to what is there.
     """
     pid = tl.program_id(0)
     if SEGMENTS > 0:
-        # First, because these two are long.
-        if pid < 2:
-            parts = mapping_parts_ptr
-            sum_mapping(parts, dscale_ptr, dbase_ptr, pid, programs, N, COUNT, SEGMENTS, ROWS, ADD)
+        # First, because these wait for one load after another.
+        if pid <= N:
+            parts = pre_parts_ptr + pid * pre_programs
+            out = dbase_ptr + pid if pid < N else dscale_ptr
+            sum_row(parts, out, pre_programs, ROWS, ADD)
             return
-        pid -= 2
-        if pid < fn_blocks:
-            channel = (pid * BLOCK + tl.arange(0, BLOCK)) % C
-            parts = pieces_of(channel, channels, tiles, work)
-            sum_parts(dfn_parts_ptr, dfn_ptr, pid, most, parts, COUNT * N * C, BLOCK_S, BLOCK, ADD)
+        pid -= N + 1
+    if SEGMENTS > 1:
+        rest: tl.constexpr = COUNT - N
+        if pid < rest + 2:
+            parts = mapping_parts_ptr + pid * programs
+            out = dbase_ptr + N + pid if pid < rest else dscale_ptr + 1 + pid - rest
+            sum_row(parts, out, programs, ROWS, ADD)
             return
-        pid -= fn_blocks
+        pid -= rest + 2
     if MERGE:
         if pid < comb_blocks:
             width = tokens.to(tl.int64) * (N * N)
             sum_parts(dcomb_parts_ptr, dcomb_ptr, pid, chunks, chunks, width, BLOCK_S, BLOCK)
-        else:
+            return
+        pid -= comb_blocks
+        if pid < post_blocks:
             width = tokens.to(tl.int64) * N
-            block = pid - comb_blocks
-            sum_parts(dpost_parts_ptr, dpost_ptr, block, chunks, chunks, width, BLOCK_S, BLOCK)
+            sum_parts(dpost_parts_ptr, dpost_ptr, pid, chunks, chunks, width, BLOCK_S, BLOCK)
+            return
+        pid -= post_blocks
+    if SEGMENTS > 0:
+        channel = (pid * FN_BLOCK + tl.arange(0, FN_BLOCK)) % C
+        parts = pieces_of(channel, CHANNELS, tiles, work)
+        width = COUNT * N * C
+        sum_parts(dfn_parts_ptr, dfn_ptr, pid, most, parts, width, FN_BLOCK_S, FN_BLOCK, ADD)

@@ -228,9 +228,9 @@ def sum_tiles(
             mbarrier.wait(f_full.index(slot), phase)
             mbarrier.wait(x_full.index(slot), phase)
             numbers = number_ring.index(number_slot).slice(ROWS, 32, dim=1).load(row32)
-            scalars = columns(
-                numbers, N * N + 2 * N + 1, 32, T, token
-            )  # post | comb | pre | coeff.
+            # post | comb | pre | the coefficient's two parts
+            scalars = columns(numbers, N * N + 2 * N + 2, 32, T, token)
+            coefficient = scalars[N * N + 2 * N] + scalars[N * N + 2 * N + 1]
             f = fs.index(slot).load(plain).to(gl.float32)
             streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
             merged = ()
@@ -274,7 +274,7 @@ def sum_tiles(
                 g = products.slice(o * B, B, dim=1).load(plain) + arriving[o].to(gl.float32)
                 g += scalars[N + N * N + o][:, None] * du
                 stream = merged_flat.slice(o * B, B, dim=1).load(plain).to(gl.float32)
-                g += scalars[N * N + 2 * N][:, None] * stream
+                g += coefficient[:, None] * stream
                 df += scalars[o][:, None] * g
                 dposts = dposts + (sum_thread(f * g, T, B, spread),)
                 summed = ()
@@ -313,7 +313,8 @@ def sum_tiles(
                 at_comb = dcomb_ptr + token_share * (N * N) + first + j
                 at_post = dpost_ptr + token_share * N + of_post
                 mine = valid & (((lane & 1) == 0) | (j < 2))
-                gl.store(gl.where(of_post < 0, at_comb, at_post), shares[j], mask=mine)
+                share_at = gl.where(of_post < 0, at_comb, at_post)
+                gl.store(share_at, shares[j], mask=mine, eviction_policy="evict_last")
             product, sums = warpgroup_mma_wait(0, deps=(product, running))
 
         m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))

@@ -143,7 +143,8 @@ def streams_backward_kernel(
         if MAP:
             du = du_ahead[0].to(tl.float32)
             pre = load_scalars(numbers_ptr + ROWS + N + N * N, rows, WIDTH, N)
-            coefficient = tl.load(numbers_ptr + rows * WIDTH + ROWS + 2 * N + N * N)
+            coefficients = load_scalars(numbers_ptr + ROWS + 2 * N + N * N, rows, WIDTH, 2)
+            coefficient = coefficients[0] + coefficients[1]
             dz = load_dz(numbers_ptr, planes_ptr, rows, valid, ROWS, WIDTH, PLANES)
             product = tl.dot(weight, tl.trans(dz[0]), input_precision=PRECISION)
             mapped = separate(tl.trans(product), N, BLOCK_T, BLOCK_C)

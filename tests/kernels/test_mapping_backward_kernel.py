@@ -37,7 +37,13 @@ def test_numbers_of_a_token():
     assert relative_error(numbers[:, 52:56], pre.detach()) < 2e-6
     # d rsqrt(mean(X^2) + eps): the share of every element of X is this times the element.
     coefficient = -(root.squeeze(1) ** 2) * (dz * z.detach()).sum(1) / flat.shape[1]
-    assert relative_error(numbers[:, 56], coefficient) < 2e-5
+    assert relative_error(numbers[:, 56:58].sum(1), coefficient) < 2e-5
     hi_and_lo = planes.float().view(-1, 2, 32).sum(1)
     assert relative_error(hi_and_lo[:, :24], numbers[:, :24]) < 2**-15
-    assert relative_error(parts[:, 0].sum(0), (dz / (root * scales)).sum(0)) < 2e-5
+    dl = dz / (root * scales)
+    pre_sums, rest_sums = parts.pre.sum(1), parts.rest.sum(1)
+    dbase = torch.cat([pre_sums[:4], rest_sums[:20]])
+    assert relative_error(dbase, dl.sum(0)) < 2e-5
+    of_scale = (dl * (root * z.detach())).sum(0).split([4, 4, 16])
+    dscale = torch.cat([pre_sums[4:], rest_sums[20:]])
+    assert relative_error(dscale, torch.stack([part.sum() for part in of_scale])) < 2e-5

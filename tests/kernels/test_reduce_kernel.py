@@ -15,17 +15,22 @@ def make(tokens, n, channels, count):
     return x, merge, mapping
 
 
+def mapping_shares(n, count, programs):
+    """Shares of d base and d scale; pre's are more."""
+    rest = torch.randn(count - n + 2, programs)
+    return launch_backward.MappingParts(torch.randn(n + 1, programs + 2), rest)
+
+
 @pytest.mark.parametrize("parts", [1, 3, 17])
 def test_every_share_is_summed(parts):
     x, merge, mapping = make(5, 4, 8, 24)
     shares = [torch.randn(parts, *like.shape) for like in (*merge[1:], mapping[0])]
-    mapping_parts = torch.randn(parts, 2, 24)
+    mapping_parts = mapping_shares(4, 24, parts)
     shares_of = launch_backward.Shares(*shares, channels=8, tiles=parts, work=1)
     ours = launch_backward.reduce(shares_of, mapping_parts, merge, mapping, x)
-    scale = mapping_parts[:, 1].double().sum(0)
+    pre, rest = (part.double().sum(1) for part in mapping_parts)
     exact = [share.double().sum(0) for share in shares]
-    exact += [torch.stack([scale[:4].sum(), scale[4:8].sum(), scale[8:].sum()])]
-    exact += [mapping_parts[:, 0].double().sum(0)]
+    exact += [torch.cat([pre[4:], rest[20:]]), torch.cat([pre[:4], rest[:20]])]
     for a, b in zip(ours, exact):
         assert relative_error(a, b) < 1e-6
 
@@ -35,7 +40,7 @@ def test_every_share_is_summed(parts):
 def test_the_mappings_sums_are_added_in_one_addition(parts, count):
     x, _, (fn, _, base) = make(5, 4, 8, count)
     mapping = (fn, torch.empty(1 if count == 4 else 3), base)
-    dfns, mapping_parts = torch.randn(parts, *fn.shape), torch.randn(parts, 2, count)
+    dfns, mapping_parts = torch.randn(parts, *fn.shape), mapping_shares(4, count, parts)
     shares = launch_backward.Shares(None, None, dfns, channels=8, tiles=parts, work=1)
     sums = launch_backward.reduce(shares, mapping_parts, None, mapping, x)[2:]
     before = [torch.randn_like(total) for total in sums]
@@ -62,5 +67,6 @@ def test_pieces_that_cross_blocks_of_channels(tiles, work):
         share = dfns[tile // work - block * tiles // work, :, :, block]
         share.nan_to_num_(nan=0.0).add_(1.0)
     shares = launch_backward.Shares(None, None, dfns.flatten(2), channels, tiles, work)
-    _, _, dfn, _, _ = launch_backward.reduce(shares, torch.zeros(1, 2, count), None, mapping, x)
+    mapping_parts = mapping_shares(n, count, 1)
+    _, _, dfn, _, _ = launch_backward.reduce(shares, mapping_parts, None, mapping, x)
     assert torch.equal(dfn, torch.full_like(dfn, tiles))
