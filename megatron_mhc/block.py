@@ -73,7 +73,7 @@ class MHCTransformerBlock(TransformerBlock):
             for connection in (layer.self_attention_hyper_connection, layer.mlp_hyper_connection)
         ]
         for module in (*connections, self.hyper_head):
-            module.config = replace(module.config, recompute=False)
+            module.config = replace(module.config, recompute=False, recompute_layer_num=None)
 
     def _collapse(self, norm, inputs: tuple[StreamState | Tensor]) -> Tensor:
         (state,) = inputs

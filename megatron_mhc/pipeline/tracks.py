@@ -6,6 +6,8 @@ before it and has not come. Here activations and gradients have groups of their 
 of two stages, each is the other's next and previous.
 """
 
+import time
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
@@ -17,6 +19,10 @@ KIND = {
     "recv_next": "gradient",
 }
 """Megatron's name of an operation to what it moves."""
+
+
+MESSAGE, MESSAGES = 64 * 2**20, 4
+"""Bytes and number of the messages that :meth:`Tracks.speed` sends."""
 
 
 def neighbour_place(pp_group: ProcessGroup, name: str) -> int:
@@ -40,8 +46,9 @@ class Tracks:
     def __init__(self, pp_group: ProcessGroup, wraps: bool, ctas: int | None = None) -> None:
         self.pp_group = pp_group
         self.ctas = ctas
+        self._wraps = wraps
         self._groups = self._make_groups()
-        self._connect(wraps)
+        self._connect()
 
     def _make_groups(self) -> dict[tuple[str, int], ProcessGroup]:
         """By kind and parity of the sending stage, the group of this rank's pipeline."""
@@ -76,14 +83,14 @@ class Tracks:
             options.config.max_ctas = self.ctas
         return {"backend": backend, "timeout": pipeline._timeout, "pg_options": options}
 
-    def _connect(self, wraps: bool) -> None:
+    def _connect(self) -> None:
         """Send one element over every track.
 
         NCCL connects two ranks at their first transfer, and both wait for that on the host. In the
         schedule's order two stages would wait for each other, each for a gradient.
         """
         stages, rank = self.pp_group.size(), self.pp_group.rank()
-        last = stages if wraps else stages - 1
+        last = stages if self._wraps else stages - 1
         element = torch.zeros(1, device=torch.cuda.current_device())
         for stage in (*range(0, last, 2), *range(1, last, 2)):  # pairs of neighbours, in parallel
             if rank == stage:
@@ -113,6 +120,33 @@ class Tracks:
         tensor = torch.empty(shape, dtype=dtype, device=device)
         group = self._groups[KIND[name], neighbour_place(self.pp_group, name) % 2]
         return tensor, torch.distributed.irecv(tensor, self._neighbour(name), group=group)
+
+    def speed(self) -> float:
+        """GB/s from each stage to the next, all at once and measured now: the slowest."""
+        message = torch.empty(MESSAGE, dtype=torch.uint8, device=torch.cuda.current_device())
+        seconds = torch.zeros(1, device=message.device)
+        for _warm in (False, True):
+            torch.distributed.barrier(self.pp_group)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(MESSAGES):
+                received = None
+                if self._wraps or self.pp_group.rank() > 0:
+                    shape, device = tuple(message.shape), message.device
+                    _, received = self.receive("recv_prev", shape, message.dtype, device)
+                if self._wraps or self.pp_group.rank() < self.pp_group.size() - 1:
+                    self.send("tensor_send_next", message).wait()
+                if received is not None:
+                    received.wait()
+            torch.cuda.synchronize()
+            seconds[0] = time.perf_counter() - begin
+        torch.distributed.all_reduce(seconds, torch.distributed.ReduceOp.MAX, self.pp_group)
+        return MESSAGES * MESSAGE / seconds.item() / 1e9
+
+    def close(self) -> None:
+        """Give the communicators back; nothing is sent over them any more."""
+        for group in self._groups.values():
+            torch.distributed.destroy_process_group(group)
 
     def _neighbour(self, name: str) -> int:
         place = neighbour_place(self.pp_group, name)

@@ -12,6 +12,9 @@ from .copy_tracks import CopyTracks
 from .tracks import Tracks
 
 TRANSPORTS = ("auto", "copy", "nccl")
+FEW_SMS = 2
+AS_FAST = 0.95
+"""Share of the speed with NCCL's own choice at which a transfer takes FEW_SMS only."""
 _THIS_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,7 +47,28 @@ def make_tracks(
                     f"--mhc-pipeline-transport copy: {why}; use auto or nccl"
                 ) from why
             _say(f"mHC pipeline: transfers go over NCCL, not by copy engines: {why}")
+    if on_gpus:
+        return _fewest_sms(pp_group, wraps=chunks > 1)
     return Tracks(pp_group, wraps=chunks > 1)
+
+
+def _fewest_sms(pp_group: ProcessGroup, wraps: bool) -> Tracks:
+    """Tracks whose transfers take few SMs, where these move a boundary as fast as many do.
+
+    An NCCL transfer holds its SMs until its peer has come, and compute beside it waits for them.
+    NVLink needs as many as NCCL takes, the host's memory or a network may not.
+    """
+    tracks = {ctas: Tracks(pp_group, wraps, ctas) for ctas in (None, FEW_SMS)}
+    speed = {ctas: track.speed() for ctas, track in tracks.items()}
+    chosen = FEW_SMS if speed[FEW_SMS] >= AS_FAST * speed[None] else None
+    for ctas, track in tracks.items():
+        if ctas != chosen:
+            track.close()
+    _say(
+        f"mHC pipeline: NCCL moves {speed[None]:.1f} GB/s with the SMs that it chooses, "
+        f"{speed[FEW_SMS]:.1f} with {FEW_SMS} a transfer; {chosen or 'its own choice'} taken"
+    )
+    return tracks[chosen]
 
 
 def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTracks:

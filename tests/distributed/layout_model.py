@@ -76,7 +76,11 @@ def block_spec(config: TransformerConfig, case: Case, **stage):
             input_layernorm=marked_torch_norm,
             pre_mlp_layernorm=marked_torch_norm,
         )
-    mhc = MHCConfig(residual_mixing=case.mixing, recompute=case.recompute)
+    mhc = MHCConfig(
+        residual_mixing=case.mixing,
+        recompute=case.recompute,
+        recompute_layer_num=2 if case.recompute else None,
+    )
     spec = get_mhc_block_spec(config, plain, mhc, **stage)
     if case.sequence_parallel:
         spec.layer_norm = marked_torch_norm

@@ -26,7 +26,7 @@ class FakeStream:
     made: list["FakeStream"] = []
     current: "FakeStream"
 
-    def __init__(self, priority: int = 0, name: str = "") -> None:
+    def __init__(self, device=None, priority: int = 0, name: str = "") -> None:
         self.name = name or f"stream of priority {priority}"
         FakeStream.made.append(self)
 
@@ -52,6 +52,7 @@ def entered(stream: FakeStream):
 def boundary(monkeypatch):
     environment.prepare()
     from megatron_mhc.pipeline import PriorityStream
+    from megatron_mhc.pipeline.boundary import _priority_stream
 
     FakeStream.log, FakeStream.made = [], []
     FakeStream.current = FakeStream(name="main")
@@ -64,7 +65,9 @@ def boundary(monkeypatch):
         "record_stream",
         lambda tensor, stream: FakeStream.log.append((tuple(tensor.shape), "used on", stream.name)),
     )
-    return PriorityStream()
+    _priority_stream.cache_clear()
+    yield PriorityStream()
+    _priority_stream.cache_clear()
 
 
 HIGH = "stream of priority -5"

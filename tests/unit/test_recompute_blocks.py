@@ -38,6 +38,7 @@ def test_the_line_names_every_kind_of_stage():
     line = describe_blocks(MHCConfig(recompute=True), [16, 16, 3, 0])
     assert line == (
         "mHC recompute: blocks of N=1 in a stage of 3 layers, N=2 in a stage of 16 layers (eq. 20)"
+        "; the last stage's last block is kept, its backward pass comes at once"
     )
     asked = MHCConfig(recompute=True, recompute_layer_num=4)
     assert describe_blocks(asked, [8]).endswith(
