@@ -100,7 +100,10 @@ def aggregate_kernel(
         u = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
         for j in tl.static_range(N):
             at = rows[:, None] * (N * C) + j * C + channel[None, :]
-            u = accumulate(u, pre[j], tl.load(x_ptr + at, mask=inside[None, :], other=0.0))
+            stream = tl.load(
+                x_ptr + at, mask=inside[None, :], other=0.0, eviction_policy="evict_first"
+            )
+            u = accumulate(u, pre[j], stream)
         tl.store(
             u_ptr + rows[:, None] * C + channel[None, :],
             u.to(u_ptr.dtype.element_ty),

@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 # Columns and shares that one program of reduce_kernel sums at a time, the same of d fn, which has
 # few shares, and shares of base and scale.
-REDUCE_BLOCK, REDUCE_SHARES = 128, 64
+REDUCE_BLOCK, REDUCE_SHARES = 256, 32
 REDUCE_FN_BLOCK, REDUCE_FN_SHARES = 512, 4
 REDUCE_ROWS = 2048
 # Tokens of a program that computes gradients of the mappings.
-MAPPING_BACKWARD_BLOCK = 8
+MAPPING_BACKWARD_BLOCK = 16
 # Tiles of the Hopper kernel in the time that a block of channels takes to begin (8192 x 4096: even
 # pieces of 125 took 335 us, whole ones of 128 took 330).
 BEGIN = 5

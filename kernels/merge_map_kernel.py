@@ -100,6 +100,8 @@ def merge_map_kernel(
     stop = tl.minimum(start + split_steps * BLOCK_C, C)
     columns = tl.arange(0, BLOCK_C)
     plane = tl.arange(0, PLANES * ROWS)
+    # The aggregation reads X' next: what stays in L2 until then is not read from memory.
+    KEEP: tl.constexpr = "evict_last" if MAP else ""
     stacked = tl.arange(0, N * BLOCK_C)
     if MERGE:
         post = load_scalars(post_ptr, rows, N, N)
@@ -133,9 +135,8 @@ def merge_map_kernel(
             if MERGE:
                 wide = merge_stream(streams, f, post, comb, o, N)
                 stream = wide.to(x_next_ptr.dtype.element_ty)
-                tl.store(
-                    x_next_ptr + offsets + o * C, stream, mask=valid[:, None] & inside[None, :]
-                )
+                here = valid[:, None] & inside[None, :]
+                tl.store(x_next_ptr + offsets + o * C, stream, mask=here, eviction_policy=KEEP)
             else:
                 wide = streams[o]
                 stream = tiles[o]
