@@ -76,6 +76,10 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             r"--mhc-log-gain-interval 5: does not work .* layers only; use 0 with --pipeline-model",
         ),
         ("--mhc-pipeline-overlap post", r"--mhc-pipeline-overlap post: has no effect without"),
+        (
+            "--mhc --mhc-pipeline-overlap none --mhc-pipeline-transport copy",
+            r"--mhc-pipeline-transport copy: Megatron sends under --mhc-pipeline-overlap none",
+        ),
         ("--mhc --context-parallel-size 2", r"--context-parallel-size 2: .* use 1, until"),
         ("--mhc --mtp-num-layers 1", r"--mtp-num-layers 1: does not work with --mhc yet"),
         ("--mhc --fp32-residual-connection", r"--fp32-residual-connection: does not work"),

@@ -1,0 +1,172 @@
+"""Slots of the copy transport in one process, how many a schedule needs, and what is refused."""
+
+import gc
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_mhc import environment
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "distributed"))
+from host_engine import HostEngine  # noqa: E402
+
+SHAPE, DTYPE = (3, 2, 8), torch.float32
+BYTES = 3 * 2 * 8 * 4
+
+
+@pytest.fixture(scope="module")
+def parts() -> SimpleNamespace:
+    """Megatron can be imported only after environment.prepare()."""
+    environment.prepare()
+    from megatron_mhc.pipeline import inbox, schedule_model, transport
+
+    return SimpleNamespace(inbox=inbox, schedule_model=schedule_model, transport=transport)
+
+
+@pytest.fixture
+def ends(parts):
+    """An inbox of two slots and its outlet."""
+    inbox = parts.inbox.Inbox(HostEngine(), slots=2, size=BYTES, streams=(), seconds=0.05)
+    outlet = parts.inbox.Outlet(HostEngine(), inbox.address, "activation", seconds=0.05)
+    inbox.close_file()
+    return inbox, outlet
+
+
+def message(number: float) -> torch.Tensor:
+    return torch.full(SHAPE, float(number))
+
+
+def test_messages_come_in_order_and_whole(ends):
+    inbox, outlet = ends
+    for number in range(7):
+        outlet.send(message(number))
+        received = inbox.receive(SHAPE, DTYPE)
+        assert torch.equal(received, message(number))
+        del received
+
+
+def test_a_slot_is_given_back_with_the_last_tensor_of_its_message(parts, ends):
+    inbox, outlet = ends
+    leaf = torch.empty(1).expand(SHAPE).detach().requires_grad_()
+    outlet.send(message(1))
+    outlet.send(message(2))
+    leaf.data = inbox.receive(SHAPE, DTYPE)
+    second = inbox.receive(SHAPE, DTYPE)
+    loss = (leaf * leaf).sum()
+    del leaf
+    with pytest.raises(parts.inbox.NeighbourLost, match="all 2 slots of a neighbour were in use"):
+        outlet.send(message(3))
+    loss.backward()
+    del loss
+    gc.collect()
+    outlet.send(message(3))
+    assert torch.equal(second, message(2)), "another's message has not touched it"
+    assert torch.equal(inbox.receive(SHAPE, DTYPE), message(3))
+
+
+def test_every_stream_that_may_read_gives_a_slot_back(parts):
+    """The sender must not write before the slowest of them."""
+
+    class Streams(HostEngine):
+        """One stream never comes to what it was told to write."""
+
+        def write(self, word, value, stream=None):
+            if stream != "stuck":
+                super().write(word, value)
+
+    inbox = parts.inbox.Inbox(Streams(), 1, BYTES, ("stuck",), seconds=0.05)
+    outlet = parts.inbox.Outlet(HostEngine(), inbox.address, "gradient", seconds=0.05)
+    inbox.close_file()
+    outlet.send(message(1))
+    received = inbox.receive(SHAPE, DTYPE)
+    del received
+    with pytest.raises(parts.inbox.NeighbourLost, match="slots"):
+        outlet.send(message(2))
+
+
+def test_a_message_that_does_not_come_is_an_error(parts, ends):
+    inbox, _ = ends
+    with pytest.raises(parts.inbox.NeighbourLost, match="waited for what its neighbour sends"):
+        inbox.receive(SHAPE, DTYPE)
+
+
+def test_a_message_that_does_not_fit_is_refused(ends):
+    _, outlet = ends
+    with pytest.raises(ValueError, match="expected a contiguous one of at most 512"):
+        outlet.send(torch.zeros(129))
+    with pytest.raises(ValueError, match="contiguous"):
+        outlet.send(torch.zeros(4, 6).T)
+
+
+def test_slots_are_those_that_the_schedule_fills(parts):
+    held = parts.schedule_model.messages_held
+    # 1F1B: the last stage holds the activation it works on and one that has come.
+    assert [held(2, rank) for rank in (0, 1)] == [(0, 1), (2, 0)]
+    assert held(4, 1)[0] > held(4, 2)[0] > held(4, 3)[0]
+    # Chunks: the first rank receives activations too, from the last.
+    assert held(2, 0, chunks=2)[0] > 0
+    # A larger group of micro-batches waits longer for its next chunk.
+    assert held(2, 0, chunks=2, group=5)[0] > held(2, 0, chunks=2)[0]
+
+
+@pytest.mark.parametrize("wanted", ["copy", "auto"])
+def test_stages_that_are_not_on_gpus_cannot_copy(parts, wanted, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
+
+    def gather(values, mine, group):
+        values[:] = [mine, mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(parts.transport, "Tracks", lambda group, wraps: "tracks")
+    group = SimpleNamespace(size=lambda: 2)
+    if wanted == "auto":
+        assert parts.transport.make_tracks(group, wanted, 1, 0, None) == "tracks"
+    else:
+        with pytest.raises(parts.transport.TransportRefused, match="not on GPUs; use auto or nccl"):
+            parts.transport.make_tracks(group, wanted, 1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "disabled", "why"),
+    [(("a", "b"), "", "several hosts"), (("a", "a"), "1", "NCCL_P2P_DISABLE=1")],
+)
+def test_stages_that_cannot_reach_each_other_say_why(
+    parts, monkeypatch, capsys, hosts, disabled, why
+):
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+
+    def gather(values, mine, group):
+        values[:] = [(mine[0], host) for host in hosts]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(parts.transport, "_fewest_sms", lambda group, wraps: "tracks")
+    group = SimpleNamespace(size=lambda: 2)
+    assert parts.transport.make_tracks(group, "auto", 2, 0, None) == "tracks"
+    said = capsys.readouterr().out
+    assert "transfers go over NCCL, not by copy engines" in said
+    assert why in said
+
+
+@pytest.mark.parametrize(("few", "chosen"), [(36.8, 2), (30.0, None)])
+def test_nccl_takes_few_sms_where_they_are_as_fast(parts, monkeypatch, few, chosen):
+    closed = []
+
+    class Measured:
+        def __init__(self, group, wraps, ctas):
+            self.ctas = ctas
+
+        def speed(self):
+            return 36.9 if self.ctas is None else few
+
+        def close(self):
+            closed.append(self.ctas)
+
+    monkeypatch.setattr(parts.transport, "Tracks", Measured)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert parts.transport._fewest_sms("group", wraps=True).ctas == chosen
+    assert closed == [None if chosen else 2]
