@@ -8,6 +8,7 @@ A step is the forward and backward passes of a global batch, without the optimiz
 
     plain        without mHC, as Megatron 0.19.2 runs it
     plain-kept   without mHC, outputs not freed: a send is not waited for when it is issued
+    none-kept    the same of none
     plain-free   without mHC, sent and received as overlap post does
     none         mHC, --mhc-pipeline-overlap none
     sends        mHC, sent and received as overlap post does, merges on the main stream
@@ -48,7 +49,8 @@ from megatron_mhc.report.trace import Kernel, chrome_trace  # noqa: E402
 
 WORKER = Path(__file__).resolve().with_name("benchmark_pipeline_worker.py")
 CASES = (
-    *("plain", "none", "post", "nccl", "late", "shared", "sends", "plain-kept", "plain-free"),
+    *("plain", "none", "post", "nccl", "late", "shared", "sends"),
+    *("plain-kept", "none-kept", "plain-free"),
     *("none+recompute", "post+recompute"),
 )
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}

@@ -101,7 +101,7 @@ class Mode:
     @property
     def waits(self) -> bool:
         """Whether sends are waited for, as Megatron does."""
-        return self.base in ("plain", "plain-kept", "none")
+        return self.base in ("plain", "plain-kept", "none", "none-kept")
 
     @property
     def carrier(self) -> str:
@@ -141,7 +141,7 @@ def transformer_config(settings: dict, mode: Mode, stages: int, chunks: int) -> 
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
         # As megatron.training sets them, and as overlap post does.
-        deallocate_pipeline_outputs=mode.base != "plain-kept",
+        deallocate_pipeline_outputs=not mode.base.endswith("-kept"),
         overlap_p2p_comm=overlap_p2p,
         batch_p2p_comm=not overlap_p2p and mode.waits,
         overlap_p2p_comm_warmup_flush=overlap_p2p and not mode.waits and mode.base != "late",

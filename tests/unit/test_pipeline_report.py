@@ -222,7 +222,17 @@ def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
         "1",
     ]
     few = ["--micro-batches", "4", "--steps", "1", "--chunks", "2", "--links", "nvlink"]
-    cases = ["plain", "none", "post", "late", "shared", "sends", "plain-kept", "plain-free"]
+    cases = [
+        "plain",
+        "none",
+        "post",
+        "late",
+        "shared",
+        "sends",
+        "plain-kept",
+        "none-kept",
+        "plain-free",
+    ]
     cases += ["none+recompute", "post+recompute", "nccl@2"]
     few += ["--cases", *cases, "--nccl-p2p-channels", "4"]
     done = run_tool("--out", tmp_path, *sizes, *few)
