@@ -1,10 +1,12 @@
-"""Grids, block sizes and scratch memory of the mHC kernels; tensors here are [T, ...], contiguous.
+"""Grids, block sizes and scratch memory of the mHC kernels; tensors here are contiguous.
 
 Block sizes are a fixed table, not a search: every rank chooses the same, and a new shape costs one
 compilation. Token counts are plain run-time arguments, so a new one costs none.
 """
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .aggregate_kernel import aggregate_kernel
 from .merge_map_kernel import merge_map_kernel
-from .run_kernel import run_kernel
+from .run_kernel import Launch
 from .split_weight_kernel import split_weight_kernel
 
 # One entry a kernel: block sizes, warps and tiles in flight for n = 4 and bf16 streams
@@ -33,6 +35,8 @@ CONFIGS = {
         "maxnreg": 128,
     },
 }
+# Shapes whose launches are kept ready.
+PLANS = 256
 # Tokens of one block of aggregate_kernel that computes mappings.
 MAPPING_BLOCK = 8
 # Blocks of merge_map_kernel and of streams_backward_kernel (with and without a mapping) that one
@@ -94,29 +98,98 @@ def padded_rows(count: int) -> int:
     return max(16, triton.next_power_of_2(count))
 
 
-def split_weight(fn: Tensor, dtype: torch.dtype) -> Tensor:
-    """fn [count, K] as planes for streams of ``dtype``: bf16 hi and lo, else one of float32."""
-    count, width = fn.shape
+def sizes(x: Tensor) -> tuple[int, int, int]:
+    """(tokens, n, C) of streams x [..., n, C]."""
+    *lead, n, channels = x.shape
+    return math.prod(lead), n, channels
+
+
+@lru_cache
+def splitting(count: int, width: int, dtype: torch.dtype) -> tuple[tuple[int, int], Launch]:
+    """Shape of split_weight's planes, and its launch."""
     rows = padded_rows(count)
     planes = 2 if dtype == torch.bfloat16 else 1
-    out = torch.empty(
-        (planes * rows, width),
-        dtype=torch.bfloat16 if planes == 2 else torch.float32,
-        device=fn.device,
-    )
     block = 1024
-    run_kernel(
+    launch = Launch(
         split_weight_kernel,
         (rows, cdiv(width, block)),
-        fn,
-        out,
         K=width,
         COUNT=count,
         ROWS=rows,
         PLANES=planes,
         BLOCK=block,
     )
+    return (planes * rows, width), launch
+
+
+def split_weight(fn: Tensor, dtype: torch.dtype) -> Tensor:
+    """fn [count, K] as planes for streams of ``dtype``: bf16 hi and lo, else one of float32."""
+    shape, launch = splitting(*fn.shape, dtype)
+    out = fn.new_empty(*shape, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    launch(fn, out)
     return out
+
+
+class ForwardPlan(NamedTuple):
+    """What all forward passes of one shape share."""
+
+    merge_map: Launch
+    aggregate: Launch | None
+    rows: int
+    splits: int
+
+
+@lru_cache(PLANS)
+def forward_plan(
+    tokens: int,
+    n: int,
+    channels: int,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    merges: bool,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> ForwardPlan:
+    """For tokens, and ``count`` mappings of each or none."""
+    options = config("map" if count else "merge", n, dtype, device)
+    tiles = cdiv(tokens, options["BLOCK_T"])
+    steps = cdiv(channels, options["BLOCK_C"])
+    rows, splits = padded_rows(count), 1
+    if count:
+        splits, steps = pieces(steps, tiles, MAP_RESIDENT * multiprocessors(device))
+    merge_map = Launch(
+        merge_map_kernel,
+        (tiles, splits),
+        (tokens, steps),
+        N=n,
+        C=channels,
+        COUNT=max(1, count),
+        ROWS=rows,
+        PLANES=2 if count and dtype == torch.bfloat16 else 1,
+        MERGE=merges,
+        MAP=count > 0,
+        PRECISION="tf32x3",
+        **options,
+    )
+    if not count:
+        return ForwardPlan(merge_map, None, rows, splits)
+    options = walk("aggregate", channels)
+    map_programs = cdiv(tokens, MAPPING_BLOCK)
+    aggregate = Launch(
+        aggregate_kernel,
+        (map_programs + cdiv(tokens, options["BLOCK_T"]),),
+        (tokens, splits, map_programs, eps, norm_eps),
+        N=n,
+        C=channels,
+        ROWS=rows,
+        HEAD=count == n,
+        ITERATIONS=iterations,
+        BLOCK_M=MAPPING_BLOCK,
+        **options,
+    )
+    return ForwardPlan(merge_map, aggregate, rows, splits)
 
 
 def forward(
@@ -127,94 +200,39 @@ def forward(
     eps: float = 0.0,
     norm_eps: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """x [T, n, C], merged with (f, post, comb) if given, then mapped with (fn, scale, base).
+    """x [..., n, C], merged with (f, post, comb) if given, then mapped with (fn, scale, base).
 
     Returns:
         (x_next,) with a merge, then (u, post, comb, pre, m, r) with a mapping; post and comb are
         empty for the head, whose fn has n rows.
     """
-    tokens, n, channels = x.shape
+    tokens, n, channels = sizes(x)
     f, post, comb = merge or (None, None, None)
     fn, scale, base = mapping or (None, None, None)
+    count = fn.shape[0] if mapping else 0
     x_next = torch.empty_like(x) if merge else None
     products = squares = planes = None
-    rows, splits = 16, 1
-    options = config("map" if mapping else "merge", n, x.dtype, x.device)
-    tiles = cdiv(tokens, options["BLOCK_T"])
-    steps = cdiv(channels, options["BLOCK_C"])
-    if mapping:
-        rows = padded_rows(fn.shape[0])
-        planes = split_weight(fn, x.dtype)
-    slots = MAP_RESIDENT * multiprocessors(x.device)
-    splits, split_steps = pieces(steps, tiles, slots) if tokens and mapping else (1, steps)
-    if mapping:
-        products = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
-        squares = torch.empty((splits, tokens), dtype=torch.float32, device=x.device)
     if tokens:
-        run_kernel(
-            merge_map_kernel,
-            (tiles, splits),
-            x,
-            f,
-            post,
-            comb,
-            planes,
-            x_next,
-            products,
-            squares,
-            tokens,
-            split_steps,
-            N=n,
-            C=channels,
-            COUNT=fn.shape[0] if mapping else 1,
-            ROWS=rows,
-            PLANES=planes.shape[0] // rows if mapping else 1,
-            MERGE=merge is not None,
-            MAP=mapping is not None,
-            PRECISION="tf32x3",
-            **options,
+        merges = merge is not None
+        plan = forward_plan(
+            tokens, n, channels, count, x.dtype, x.device, merges, iterations, eps, norm_eps
         )
+        if mapping:
+            planes = split_weight(fn, x.dtype)
+            products = fn.new_empty(plan.splits, tokens, plan.rows)
+            squares = fn.new_empty(plan.splits, tokens)
+        plan.merge_map(x, f, post, comb, planes, x_next, products, squares)
     if not mapping:
         return (x_next,)
 
-    head = fn.shape[0] == n
-    u = x.new_empty((tokens, channels))
-    pre = torch.empty((tokens, n), dtype=torch.float32, device=x.device)
-    m = torch.empty((tokens, fn.shape[0]), dtype=torch.float32, device=x.device)
-    r = torch.empty((tokens,), dtype=torch.float32, device=x.device)
-    kept = 0 if head else tokens
-    post_next = torch.empty((kept, n), dtype=torch.float32, device=x.device)
-    comb_next = torch.empty((kept, n, n), dtype=torch.float32, device=x.device)
-    options = walk("aggregate", channels)
-    map_programs = cdiv(tokens, MAPPING_BLOCK)
+    lead = x.shape[:-2]
+    kept = (0,) if count == n else lead
+    u = x.new_empty(*lead, channels)
+    pre, m, r = fn.new_empty(*lead, n), fn.new_empty(*lead, count), fn.new_empty(lead)
+    post_next, comb_next = fn.new_empty(*kept, n), fn.new_empty(*kept, n, n)
     if tokens:
-        run_kernel(
-            aggregate_kernel,
-            (map_programs + cdiv(tokens, options["BLOCK_T"]),),
-            x_next if merge else x,
-            products,
-            squares,
-            scale,
-            base,
-            u,
-            pre,
-            m,
-            r,
-            post_next,
-            comb_next,
-            tokens,
-            splits,
-            map_programs,
-            eps,
-            norm_eps,
-            N=n,
-            C=channels,
-            ROWS=rows,
-            HEAD=head,
-            ITERATIONS=iterations,
-            BLOCK_M=MAPPING_BLOCK,
-            **options,
-        )
+        mapped = x_next if merge else x
+        plan.aggregate(mapped, products, squares, scale, base, u, pre, m, r, post_next, comb_next)
     outputs = (u, post_next, comb_next, pre, m, r)
     return (x_next, *outputs) if merge else outputs
 

@@ -1,4 +1,4 @@
-"""Backward of post, pre, head and post_pre: three launches. Tensors are [T, ...], contiguous."""
+"""Backward of post, pre, head and post_pre: three launches. Tensors are contiguous."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .aggregate_backward_kernel import aggregate_backward_kernel
 from .launch import (
+    PLANS,
     POST_STREAMS_RESIDENT,
     STREAMS_RESIDENT,
     cdiv,
@@ -18,19 +19,15 @@ from .launch import (
     multiprocessors,
     padded_rows,
     pieces,
+    sizes,
     walk,
 )
-from .reduce_kernel import reduce_kernel
-from .run_kernel import TESTED_TRITON, Descriptor, run_kernel
+from .launch_reduce import MappingParts, Shares, reduce
+from .run_kernel import TESTED_TRITON, Launch, Tiles
 from .streams_backward_kernel import streams_backward_kernel
 
 logger = logging.getLogger(__name__)
 
-# Columns and shares that one program of reduce_kernel sums at a time, the same of d fn, which has
-# few shares, and shares of base and scale.
-REDUCE_BLOCK, REDUCE_SHARES = 256, 32
-REDUCE_FN_BLOCK, REDUCE_FN_SHARES = 512, 4
-REDUCE_ROWS = 2048
 # Tokens of a program that computes gradients of the mappings.
 MAPPING_BACKWARD_BLOCK = 16
 # Tiles of the Hopper kernel in the time that a block of channels takes to begin (8192 x 4096: even
@@ -69,15 +66,16 @@ def backward(
     """Gradients (dx, df, dpost, dcomb, dfn, dscale, dbase); those without a part are None.
 
     Args:
-        x: [T, n, C] before the merge.
+        x: [..., n, C] before the merge.
         merge: (f, post, comb), or None. mapping: (fn, scale, base) of what follows it, or None.
         mapped: (x_next, m, r) of the forward: the streams that were mapped (x itself without a
-            merge), the normalised products [T, count] and the RMS factor [T]; None without mapping.
+            merge), the normalised products [..., count] and the RMS factor [...]; None without
+            mapping.
         grads: of the merged streams, of u, and of the mapping's post and comb; None where there is
             no such output or no gradient.
         main_grads: to add the gradients of fn, scale and base to, which are returned as None.
     """
-    tokens, n, channels = x.shape
+    tokens, n, _ = sizes(x)
     dx_next, du, dpost_next, dcomb_next = grads
     numbers = planes = mapping_parts = None
     if mapping:
@@ -94,13 +92,42 @@ def backward(
     return dx, df, *reduce(shares, mapping_parts, merge, mapping, x, main_grads)
 
 
-class MappingParts(NamedTuple):
-    """Shares of the gradients of base, then scale: of pre's [n + 1, blocks], and of post's and
-    comb's [count - n + 2, programs].
-    """
+class MappingPlan(NamedTuple):
+    """What all of mapping_backward's calls of one shape share."""
 
-    pre: Tensor
-    rest: Tensor
+    launch: Launch
+    rows: int
+    width: int
+    blocks: int
+    map_programs: int
+
+
+@lru_cache(PLANS)
+def mapping_plan(
+    tokens: int, n: int, channels: int, count: int, merges: bool, iterations: int, eps: float
+) -> MappingPlan:
+    rows = padded_rows(count)
+    width = rows + padded_rows(n * n + 2 * n + 2)
+    options = walk("aggregate_backward", channels)
+    blocks = cdiv(tokens, options["BLOCK_T"])
+    map_programs = cdiv(tokens, MAPPING_BACKWARD_BLOCK)
+    # The mappings are done when half of the streams are.
+    every = max(1, blocks // max(1, 2 * map_programs))
+    launch = Launch(
+        aggregate_backward_kernel,
+        (map_programs + blocks,),
+        (tokens, map_programs, every, eps),
+        N=n,
+        C=channels,
+        ROWS=rows,
+        WIDTH=width,
+        MERGE=merges,
+        HEAD=count == n,
+        ITERATIONS=iterations,
+        BLOCK_M=MAPPING_BACKWARD_BLOCK,
+        **options,
+    )
+    return MappingPlan(launch, rows, width, blocks, map_programs)
 
 
 def mapping_backward(
@@ -116,69 +143,67 @@ def mapping_backward(
     """
     fn, scale, base = mapping
     x_next, m, r = mapped
-    du, dpost, dcomb = grads
-    tokens, n, channels = x_next.shape
+    _, post, comb = merge or (None, None, None)
+    tokens, n, channels = sizes(x_next)
     count = fn.shape[0]
-    rows = padded_rows(count)
-    empty = {"dtype": torch.float32, "device": fn.device}
-    width = rows + padded_rows(n * n + 2 * n + 2)
-    numbers = torch.empty((tokens, width), **empty)
-    planes = torch.empty((tokens, 2 * rows), dtype=torch.bfloat16, device=fn.device)
-    options = walk("aggregate_backward", channels)
-    blocks = cdiv(tokens, options["BLOCK_T"])
-    map_programs = cdiv(tokens, MAPPING_BACKWARD_BLOCK)
-    parts = MappingParts(
-        torch.empty((n + 1, blocks), **empty),
-        torch.empty((count - n + 2, map_programs), **empty),
-    )
+    plan = mapping_plan(tokens, n, channels, count, merge is not None, iterations, eps)
+    numbers = fn.new_empty(tokens, plan.width)
+    planes = fn.new_empty(tokens, 2 * plan.rows, dtype=torch.bfloat16)
+    pre_parts = fn.new_empty(n + 1, plan.blocks)
+    parts = fn.new_empty(count - n + 2, plan.map_programs)
     if tokens:
-        run_kernel(
-            aggregate_backward_kernel,
-            (map_programs + blocks,),
-            x_next,
-            du,
-            m,
-            r,
-            scale,
-            base,
-            dpost,
-            dcomb,
-            merge[1] if merge else None,
-            merge[2] if merge else None,
-            numbers,
-            planes,
-            *parts,
-            tokens,
-            map_programs,
-            # The mappings are done when half of the streams are.
-            max(1, blocks // (2 * map_programs)),
-            eps,
-            N=n,
-            C=channels,
-            ROWS=rows,
-            WIDTH=width,
-            MERGE=merge is not None,
-            HEAD=count == n,
-            ITERATIONS=iterations,
-            BLOCK_M=MAPPING_BACKWARD_BLOCK,
-            **options,
-        )
-    return numbers, planes, parts
+        plan.launch(
+            x_next, *grads[:1], m, r, scale, base, *grads[1:], post, comb, numbers, planes,
+            pre_parts, parts,
+        )  # fmt: skip
+    return numbers, planes, MappingParts(pre_parts, parts)
 
 
-class Shares(NamedTuple):
-    """What is left to sum: dpost [chunks, T, n], dcomb [chunks, T, n, n], dfn [most, count, nC].
+class StreamsPlan(NamedTuple):
+    """What all of streams_backward's calls of one shape share."""
 
-    All tiles of a block of ``channels`` channels, block after block, were cut into pieces of
-    ``work``, and each piece left its share of dfn: a block has ``most`` shares or fewer.
-    """
-
-    dpost: Tensor | None
-    dcomb: Tensor | None
-    dfn: Tensor | None
+    launch: Launch
+    chunks: int
     channels: int
-    tiles: int
-    work: int
+    ranges: int
+
+
+@lru_cache(PLANS)
+def streams_plan(
+    tokens: int,
+    n: int,
+    channels: int,
+    count: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    merges: bool,
+    has_dx: bool,
+) -> StreamsPlan:
+    options = config("streams" if count else "post_streams", n, dtype, device)
+    chunks = cdiv(channels, options["BLOCK_C"])
+    ranges, size = 1, 0
+    if tokens:
+        resident = STREAMS_RESIDENT if count else POST_STREAMS_RESIDENT
+        slots = resident * multiprocessors(device)
+        ranges, size = pieces(cdiv(tokens, options["BLOCK_T"]), chunks, slots)
+    launch = Launch(
+        streams_backward_kernel,
+        (chunks, ranges),
+        (tokens, size * options["BLOCK_T"]),
+        N=n,
+        C=channels,
+        COUNT=max(1, count),
+        ROWS=padded_rows(count),
+        WIDTH=width,
+        PLANES=2 if dtype == torch.bfloat16 else 1,
+        MERGE=merges,
+        MAP=count > 0,
+        HAS_DX=has_dx,
+        PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
+        **options,
+    )
+    return StreamsPlan(launch, chunks, options["BLOCK_C"], ranges)
 
 
 def streams_backward(
@@ -191,61 +216,24 @@ def streams_backward(
     planes: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Shares]:
     """dx, df and the shares of (dpost, dcomb, dfn), by the kernel for every GPU."""
-    tokens, n, channels = x.shape
+    tokens, n, channels = sizes(x)
     f, post, comb = merge or (None, None, None)
-    mapped = fn is not None
-    count = fn.shape[0] if mapped else 1
-    options = config("streams" if mapped else "post_streams", n, x.dtype, x.device)
-    chunks = cdiv(channels, options["BLOCK_C"])
-    ranges, size = 1, 0
-    empty = {"dtype": torch.float32, "device": x.device}
+    count, width = (0, 1) if fn is None else (fn.shape[0], numbers.shape[1])
+    merges, has_dx = merge is not None, dx_next is not None
+    plan = streams_plan(tokens, n, channels, count, width, x.dtype, x.device, merges, has_dx)
     dx = torch.empty_like(x)
     df = dposts = dcombs = dfns = None
     if merge:
         df = torch.empty_like(f)
-        dposts = torch.empty((chunks, *post.shape), **empty)
-        dcombs = torch.empty((chunks, *comb.shape), **empty)
+        dposts = x.new_empty(plan.chunks, tokens, n, dtype=torch.float32)
+        dcombs = x.new_empty(plan.chunks, tokens, n, n, dtype=torch.float32)
+    if count:
+        dfns = (fn.new_empty if tokens else fn.new_zeros)((plan.ranges, *fn.shape))
     if tokens:
-        resident = STREAMS_RESIDENT if mapped else POST_STREAMS_RESIDENT
-        slots = resident * multiprocessors(x.device)
-        ranges, size = pieces(cdiv(tokens, options["BLOCK_T"]), chunks, slots)
-        size *= options["BLOCK_T"]
-    if mapped:
-        shape = (ranges, *fn.shape)
-        dfns = torch.empty(shape, **empty) if tokens else torch.zeros(shape, **empty)
-    if tokens:
-        run_kernel(
-            streams_backward_kernel,
-            (chunks, ranges),
-            x,
-            f,
-            post,
-            comb,
-            fn,
-            dx_next,
-            du,
-            numbers,
-            planes,
-            dx,
-            df,
-            dposts,
-            dcombs,
-            dfns,
-            tokens,
-            size,
-            N=n,
-            C=channels,
-            COUNT=count,
-            ROWS=padded_rows(count),
-            WIDTH=numbers.shape[1] if mapped else 1,
-            PLANES=2 if x.dtype == torch.bfloat16 else 1,
-            MERGE=merge is not None,
-            MAP=mapped,
-            HAS_DX=dx_next is not None,
-            PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3",
-            **options,
+        plan.launch(
+            x, f, post, comb, fn, dx_next, du, numbers, planes, dx, df, dposts, dcombs, dfns
         )
-    return dx, df, Shares(dposts, dcombs, dfns, options["BLOCK_C"], ranges, 1)
+    return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.ranges, 1)
 
 
 @lru_cache
@@ -267,133 +255,57 @@ def serves_hopper(x: Tensor, n: int) -> bool:
     return n == 4 and x.dtype == torch.bfloat16 and hopper(x.device)
 
 
-def streams_backward_hopper(
-    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
-) -> tuple[Tensor, Tensor, Shares]:
-    """dx, df and the shares of (dpost, dcomb, dfn), by the Hopper kernel."""
+class HopperPlan(NamedTuple):
+    """What all of streams_backward_hopper's calls of one shape share."""
+
+    launch: Launch
+    chunks: int
+    channels: int
+    tiles: int
+    work: int
+
+
+@lru_cache(PLANS)
+def hopper_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
     from . import streams_backward_hopper_kernel as hopper_kernel
 
     block_t, block_c = hopper_kernel.BLOCK_T, hopper_kernel.BLOCK_C
-    tokens, n, channels = x.shape
     chunks = cdiv(channels, block_c)
     tiles = cdiv(tokens, block_t)
-    work = tiles_a_program(tiles, chunks, multiprocessors(x.device))
-    empty = {"dtype": torch.float32, "device": x.device}
-    dx, df = torch.empty_like(x), torch.empty_like(f)
-    dposts = torch.empty((chunks, tokens, n), **empty)
-    dcombs = torch.empty((chunks, tokens, n, n), **empty)
-    dfns = torch.empty((cdiv(tiles - 1, work) + 1, *fn.shape), **empty)
-
-    def descriptor(tensor, block, layout):
-        # The copy engine takes addresses that are multiples of 16.
-        if tensor.data_ptr() % 16:
-            tensor = tensor.clone()
-        return Descriptor(tensor, block, layout)
-
-    def streams(tensor):
-        return descriptor(tensor, (block_t, n, block_c), hopper_kernel.STREAMS_TILE)
-
-    def plain(tensor):
-        return descriptor(tensor, (block_t, block_c), hopper_kernel.TILE)
-
-    run_kernel(
+    work = tiles_a_program(tiles, chunks, multiprocessors(device))
+    streams = Tiles((tokens, n, channels), (block_t, n, block_c), hopper_kernel.STREAMS_TILE)
+    plain = Tiles((tokens, channels), (block_t, block_c), hopper_kernel.TILE)
+    numbers = Tiles((tokens, 64), (block_t, 64), hopper_kernel.NUMBERS_TILE)
+    planes = Tiles((tokens, 64), (block_t, 64), hopper_kernel.TILE)
+    launch = Launch(
         hopper_kernel.streams_backward_hopper_kernel,
         (cdiv(chunks * tiles, work),),
-        streams(x),
-        plain(f),
-        streams(dx_next),
-        plain(du),
-        descriptor(numbers, (block_t, 64), hopper_kernel.NUMBERS_TILE),
-        descriptor(planes, (block_t, 64), hopper_kernel.TILE),
-        streams(dx),
-        plain(df),
-        fn,
-        dposts,
-        dcombs,
-        dfns,
-        tokens,
-        work,
+        (tokens, work),
+        (streams, plain, streams, plain, numbers, planes, streams, plain),
         N=n,
         C=channels,
         T=block_t,
         B=block_c,
         num_warps=hopper_kernel.NUM_WARPS,
     )
-    return dx, df, Shares(dposts, dcombs, dfns, block_c, tiles, work)
+    return HopperPlan(launch, chunks, block_c, tiles, work)
 
 
-def reduce(
-    shares: Shares,
-    mapping_parts: MappingParts | None,
-    merge: tuple[Tensor, Tensor, Tensor] | None,
-    mapping: tuple[Tensor, Tensor, Tensor] | None,
-    x: Tensor,
-    main_grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, ...]:
-    """(dpost, dcomb, dfn, dscale, dbase) from their shares, in one launch and a fixed order.
+def _aligned(tensor: Tensor) -> Tensor:
+    """For the copy engine, which takes addresses that are multiples of 16."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
-    With ``main_grads`` the last three are None: each sum is added there, in one addition.
-    """
-    tokens, n, channels = x.shape
-    dposts, dcombs, dfns = shares.dpost, shares.dcomb, shares.dfn
-    pre_parts, rest_parts = mapping_parts or (None, None)
-    dpost = dcomb = dfn = dscale = dbase = None
-    post_blocks = comb_blocks = fn_blocks = count = 0
-    if merge:
-        _, post, comb = merge
-        dpost, dcomb = torch.empty_like(post), torch.empty_like(comb)
-        post_blocks = cdiv(dpost.numel(), REDUCE_BLOCK)
-        comb_blocks = cdiv(dcomb.numel(), REDUCE_BLOCK)
-    if mapping:
-        fn, scale, base = mapping
-        count = fn.shape[0]
-        if main_grads:
-            dfn, dscale, dbase = main_grads
-        else:
-            dfn = dfns[0] if dfns.shape[0] == 1 else torch.empty_like(fn)
-            dscale, dbase = torch.empty_like(scale), torch.empty_like(base)
-        if main_grads or dfns.shape[0] > 1:
-            fn_blocks = cdiv(fn.numel(), REDUCE_FN_BLOCK)
-    segments = 0 if mapping is None else 1 if count == n else 3
-    programs = comb_blocks + post_blocks + fn_blocks + count + segments
-    if programs:
-        run_kernel(
-            reduce_kernel,
-            (programs,),
-            dfns,
-            dfn,
-            dposts,
-            dpost,
-            dcombs,
-            dcomb,
-            pre_parts,
-            rest_parts,
-            dscale,
-            dbase,
-            tokens,
-            dfns.shape[0] if mapping else 0,
-            shares.tiles,
-            shares.work,
-            dposts.shape[0] if merge else 0,
-            pre_parts.shape[1] if mapping else 0,
-            rest_parts.shape[1] if mapping else 0,
-            comb_blocks,
-            post_blocks,
-            N=n,
-            C=channels,
-            CHANNELS=shares.channels,
-            COUNT=count,
-            SEGMENTS=segments,
-            MERGE=merge is not None,
-            BLOCK_S=REDUCE_SHARES,
-            BLOCK=REDUCE_BLOCK,
-            FN_BLOCK_S=REDUCE_FN_SHARES,
-            FN_BLOCK=REDUCE_FN_BLOCK,
-            ROWS=REDUCE_ROWS,
-            ADD=main_grads is not None,
-            num_warps=4,
-            num_stages=1,
-        )
-    if main_grads:
-        return dpost, dcomb, None, None, None
-    return dpost, dcomb, dfn, dscale, dbase
+
+def streams_backward_hopper(
+    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
+) -> tuple[Tensor, Tensor, Shares]:
+    """dx, df and the shares of (dpost, dcomb, dfn), by the Hopper kernel."""
+    tokens, n, channels = sizes(x)
+    plan = hopper_plan(tokens, n, channels, x.device)
+    dx, df = torch.empty_like(x), torch.empty_like(f)
+    dposts = fn.new_empty(plan.chunks, tokens, n)
+    dcombs = fn.new_empty(plan.chunks, tokens, n, n)
+    dfns = fn.new_empty(cdiv(plan.tiles - 1, plan.work) + 1, *fn.shape)
+    arriving = map(_aligned, (x, f, dx_next, du))
+    plan.launch(*arriving, numbers, planes, dx, df, fn, dposts, dcombs, dfns)
+    return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.tiles, plan.work)

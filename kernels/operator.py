@@ -66,9 +66,12 @@ def operator(
     return decorate
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, int, float, type(None)}
+
+
 def _is_tracing(arguments: tuple) -> bool:
     """Tracers hand over subclasses of Tensor, also in places where no flag says so."""
-    return torch.compiler.is_compiling() or any(
-        isinstance(argument, Tensor) and type(argument) not in (Tensor, torch.nn.Parameter)
-        for argument in arguments
-    )
+    if torch.compiler.is_compiling():
+        return True
+    others = set(map(type, arguments)) - _PLAIN
+    return any(issubclass(other, Tensor) for other in others)

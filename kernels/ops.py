@@ -1,7 +1,8 @@
 """The Triton kernels as operators: autograd, and shapes for torch.compile and export.
 
-Operators work on contiguous [T, ...] tensors; the functions below flatten the caller's token
-dimensions and make what is not contiguous so. Every backward is an operator too.
+Operators take contiguous tensors with any token dimensions: views of them outside would each be a
+node of autograd's graph. The functions below make what is not contiguous so. Every backward is an
+operator too.
 """
 
 from collections.abc import Sequence
@@ -25,22 +26,30 @@ def _like(reference: Tensor, *shape: int, dtype: torch.dtype | None = None) -> T
 
 
 def _mapping_outputs(x: Tensor, fn: Tensor) -> Mapped:
-    """Empty u, post, comb, pre, m and r for streams [T, n, C]."""
-    tokens, n, channels = x.shape
-    kept = 0 if fn.shape[0] == n else tokens
+    """Empty u, post, comb, pre, m and r for streams [..., n, C]."""
+    *tokens, n, channels = x.shape
+    kept = (0,) if fn.shape[0] == n else tokens
     return (
-        _like(x, tokens, channels),
-        _like(fn, kept, n),
-        _like(fn, kept, n, n),
-        _like(fn, tokens, n),
-        _like(fn, tokens, fn.shape[0]),
-        _like(fn, tokens),
+        _like(x, *tokens, channels),
+        _like(fn, *kept, n),
+        _like(fn, *kept, n, n),
+        _like(fn, *tokens, n),
+        _like(fn, *tokens, fn.shape[0]),
+        _like(fn, *tokens),
     )
 
 
-def _dense(grad: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient as the kernels take it; autograd hands over None for an unused output."""
-    return torch.zeros_like(like) if grad is None else grad.contiguous()
+def _arrived(grads: tuple[Tensor | None, ...], x: Tensor, fn: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of u, post and comb as the kernels take them; autograd hands over None for an
+    unused output.
+    """
+    *tokens, n, channels = x.shape
+    kept = (0,) if fn.shape[0] == n else tokens
+    outputs = ((x, (*tokens, channels)), (fn, (*kept, n)), (fn, (*kept, n, n)))
+    return tuple(
+        like.new_zeros(shape) if grad is None else grad.contiguous()
+        for grad, (like, shape) in zip(grads, outputs)
+    )
 
 
 # -- sinkhorn ----------------------------------------------------------------------------------
@@ -145,16 +154,16 @@ def _pre_backward(
 def _save_pre(ctx, inputs, output):
     *tensors, ctx.iterations, ctx.eps, _ = inputs
     ctx.parameters = ()
-    _, post, comb, pre, m, r = output
+    *_, pre, m, r = output
     ctx.mark_non_differentiable(pre, m, r)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, m, r, post, comb)
+    ctx.save_for_backward(*tensors, m, r)
 
 
 def _pre_grad(ctx, du, dpost, dcomb, *_):
-    *saved, post, comb = ctx.saved_tensors
+    saved = ctx.saved_tensors
     x, fn, scale, base, m, r = saved
-    grads = (_dense(du, x[:, 0]), _dense(dpost, post), _dense(dcomb, comb))
+    grads = _arrived((du, dpost, dcomb), x, fn)
     numbers = (ctx.iterations, ctx.eps)
     main_grads = main_grads_of(ctx.parameters)
     if main_grads is None:
@@ -216,22 +225,17 @@ def _post_pre_backward(
 def _save_post_pre(ctx, inputs, output):
     *tensors, ctx.iterations, ctx.eps, _ = inputs
     ctx.parameters = ()
-    x_next, _, post, comb, pre, m, r = output
+    x_next, *_, pre, m, r = output
     ctx.mark_non_differentiable(pre, m, r)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, x_next, m, r, post, comb)
+    ctx.save_for_backward(*tensors, x_next, m, r)
 
 
 def _post_pre_grad(ctx, dx_next, du, dpost, dcomb, *_):
-    *saved, post, comb = ctx.saved_tensors
-    x, *rest = saved
-    merge, mapping, mapped = rest[:3], rest[3:6], rest[6:]
-    grads = (
-        None if dx_next is None else dx_next.contiguous(),
-        _dense(du, merge[0]),
-        _dense(dpost, post),
-        _dense(dcomb, comb),
-    )
+    saved = ctx.saved_tensors
+    x, merge, mapping, mapped = saved[0], saved[1:4], saved[4:7], saved[7:]
+    dx_next = None if dx_next is None else dx_next.contiguous()
+    grads = (dx_next, *_arrived((du, dpost, dcomb), x, mapping[0]))
     numbers = (ctx.iterations, ctx.eps)
     main_grads = main_grads_of(ctx.parameters)
     if main_grads is None:
@@ -281,13 +285,13 @@ def expand(h: Tensor, n: int) -> Tensor:
     return _expand(_tokens(h, 1), n).view(*h.shape[:-1], n, h.shape[-1])
 
 
+def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
 def post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """:func:`kernels.mhc_post` by Triton."""
-    return _post(_tokens(x, 2), _tokens(f, 1), _tokens(post, 1), _tokens(comb, 2)).view(x.shape)
-
-
-def _mapping(fn: Tensor, scale: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return fn.contiguous(), scale.contiguous(), base.contiguous()
+    return _post(*_contiguous(x, f, post, comb))
 
 
 def pre(
@@ -301,22 +305,10 @@ def pre(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`kernels.mhc_pre` by Triton, with pre."""
-    *tokens, n, channels = x.shape
-    mapping = _mapping(fn, scale, base)
-    u, post, comb, pre, _, _ = _pre(
-        _tokens(x, 2),
-        *mapping,
-        iterations,
-        eps,
-        norm_eps,
-        parameters=mapping if accumulate else (),
-    )
-    return (
-        u.view(*tokens, channels),
-        post.view(*tokens, n),
-        comb.view(*tokens, n, n),
-        pre.view(*tokens, n),
-    )
+    mapping = _contiguous(fn, scale, base)
+    parameters = mapping if accumulate else ()
+    x = x.contiguous()
+    return _pre(x, *mapping, iterations, eps, norm_eps, parameters=parameters)[:4]
 
 
 def head(
@@ -329,11 +321,10 @@ def head(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`kernels.mhc_head` by Triton, with pre."""
-    *tokens, n, channels = x.shape
-    mapping = _mapping(fn, scale, base)
+    mapping = _contiguous(fn, scale, base)
     parameters = mapping if accumulate else ()
-    u, _, _, pre, _, _ = _pre(_tokens(x, 2), *mapping, 1, eps, norm_eps, parameters=parameters)
-    return u.view(*tokens, channels), pre.view(*tokens, n)
+    u, _, _, pre, _, _ = _pre(x.contiguous(), *mapping, 1, eps, norm_eps, parameters=parameters)
+    return u, pre
 
 
 def post_head(
@@ -349,13 +340,13 @@ def post_head(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`kernels.mhc_post_head` by Triton, with x_next and pre."""
-    merge = (_tokens(x, 2), _tokens(f, 1), _tokens(post, 1), _tokens(comb, 2))
-    mapping = _mapping(fn, scale, base)
+    merge = _contiguous(x, f, post, comb)
+    mapping = _contiguous(fn, scale, base)
     parameters = mapping if accumulate else ()
     x_next, u, _, _, pre, _, _ = _post_pre(
         *merge, *mapping, 1, eps, norm_eps, parameters=parameters
     )
-    return x_next.view(x.shape), u.view(f.shape), pre.view(post.shape)
+    return x_next, u, pre
 
 
 def post_pre(
@@ -372,39 +363,16 @@ def post_pre(
     accumulate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`kernels.mhc_post_pre` by Triton, with pre."""
-    mapping = _mapping(fn, scale, base)
-    x_next, u, post_next, comb_next, pre, _, _ = _post_pre(
-        _tokens(x, 2),
-        _tokens(f, 1),
-        _tokens(post, 1),
-        _tokens(comb, 2),
-        *mapping,
-        iterations,
-        eps,
-        norm_eps,
-        parameters=mapping if accumulate else (),
-    )
-    return (
-        x_next.view(x.shape),
-        u.view(f.shape),
-        post_next.view(post.shape),
-        comb_next.view(comb.shape),
-        pre.view(post.shape),
-    )
+    merge = _contiguous(x, f, post, comb)
+    mapping = _contiguous(fn, scale, base)
+    parameters = mapping if accumulate else ()
+    return _post_pre(*merge, *mapping, iterations, eps, norm_eps, parameters=parameters)[:5]
 
 
 def replay(
     x: Tensor, merges: Sequence[Merge | None], pres: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """:func:`kernels.mhc_replay` by Triton."""
-    flat = [
-        None
-        if merge is None
-        else (_tokens(merge[0], 1), _tokens(merge[1], 1), _tokens(merge[2], 2))
-        for merge in merges
-    ]
-    formed = launch_replay(_tokens(x, 2), flat, [_tokens(pre, 1) for pre in pres])
-    return [
-        (x if merge is None else x_next.view(x.shape), u.view(*x.shape[:-2], x.shape[-1]))
-        for merge, (x_next, u) in zip(merges, formed)
-    ]
+    dense = [None if merge is None else _contiguous(*merge) for merge in merges]
+    formed = launch_replay(x.contiguous(), dense, _contiguous(*pres))
+    return [(x, u) if merge is None else (x_next, u) for merge, (x_next, u) in zip(merges, formed)]

@@ -3,8 +3,14 @@
 In every launch Triton binds the arguments by name and asks each what it specialises on, 60 to 100
 us of a host's time for a kernel of twenty arguments, where the kernel itself may take 10. Ours
 specialise on the same few things every time, and those make the key under which a compiled kernel
-is kept here.
+is kept here. It is then called with addresses, which Triton need not ask a tensor and the driver
+for, and with tensor maps of earlier launches.
 """
+
+import inspect
+import math
+from functools import partial
+from types import FunctionType
 
 import torch
 import triton
@@ -14,98 +20,169 @@ from torch import Tensor
 # gets Triton's own launch.
 TESTED_TRITON = "3.6."
 
+# Tensor maps that one launch keeps: every address that an allocator gave for an argument.
+MAPS = 4096
+
 _compiled: dict[tuple, tuple] = {}
-_valued: dict[int, tuple] = {}
-"""By a kernel's identity, the kernel, so that no other can take that, and what _values_matter says.
+"""By a kernel's identity and what else is constant: the kernel, so that no other can take that
+identity, and its compiled forms.
 """
 
 
-class Descriptor:
-    """A tensor to copy tiles of in bulk (Hopper); becomes a Gluon TensorDescriptor when it must.
+class Tiles:
+    """A contiguous tensor of ``shape`` as what a bulk copy (Hopper) takes tiles of.
 
     Args:
-        tensor: contiguous, at an address that is a multiple of 16.
-        block: shape of a tile. layout: of a tile in shared memory.
+        shape: of the tensor. block: of a tile. layout: of a tile in shared memory.
     """
 
-    __slots__ = ("base", "block", "layout", "padding", "shape", "strides")
+    def __init__(self, shape: tuple[int, ...], block: tuple[int, ...], layout) -> None:
+        self.shape, self.block, self.layout = list(shape), list(block), layout
+        self.strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
 
-    def __init__(self, tensor: Tensor, block: tuple[int, ...], layout) -> None:
-        self.base, self.block, self.layout, self.padding = tensor, block, layout, "zero"
-        self.shape, self.strides = tensor.shape, tensor.stride()
-
-    def checked(self):
-        """The descriptor that Triton's own launch takes, which looks at all of it."""
+    def of(self, tensor: Tensor):
+        """The descriptor that Triton's own launch takes; the address is a multiple of 16."""
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        return TensorDescriptor(
-            self.base, list(self.shape), list(self.strides), list(self.block), self.layout
-        )
+        return TensorDescriptor(tensor, self.shape, self.strides, self.block, self.layout)
 
 
-def run_kernel(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """``kernel[grid](*arguments, **options)``, on the current stream.
+class Launch:
+    """``kernel[grid](*tensors, *numbers, **options)``, on the current stream, of any tensors.
 
     Args:
-        arguments: what is not constexpr, in the kernel's order: tensors, tuples of them,
-            Descriptors, numbers and None.
+        numbers: the kernel's arguments between its tensors and its constexprs.
+        tiles: for each of its first arguments that is a tensor descriptor, what of.
         options: its constexprs, num_warps and the like.
     """
-    if not _takes_known_launches(kernel):
-        kernel[grid](*map(_checked, arguments), **options)
-        return
-    if id(kernel) not in _valued:
-        _valued[id(kernel)] = kernel, _values_matter(kernel)
-    _, valued = _valued[id(kernel)]
-    device = torch.cuda.current_device()
-    key = (
-        id(kernel),
-        device,
-        *map(_kind, arguments, valued),
-        *options.items(),
+
+    __slots__ = (
+        "_compiled",
+        "_grid",
+        "_kernel",
+        "_last",
+        "_maps",
+        "_numbers",
+        "_options",
+        "_tiles",
     )
-    found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[grid](*map(_checked, arguments), **options)
-        constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-        _compiled[key] = compiled, compiled.function, compiled.packed_metadata, constants
-        return
-    compiled, function, metadata, constants = found
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    y = grid[1] if len(grid) > 1 else 1
-    compiled.run(
-        grid[0], y, 1, stream, function, metadata, None, None, None, *arguments, *constants
-    )
+
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        numbers: tuple = (),
+        tiles: tuple[Tiles, ...] = (),
+        **options,
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._tiles = kernel, grid, numbers, tiles
+        self._options = options
+        self._maps = tuple({} for _ in tiles)
+        constants = tuple(options[name] for name in kernel.arg_names if name in options)
+        # The last arguments of every launch: those that are no tensors.
+        self._last = (*numbers, *constants)
+        self._compiled = None
+        if _takes_known_launches(kernel):
+            first = len(kernel.arg_names) - len(self._last)
+            kinds = tuple(map(_kind, numbers, kernel.params[first:]))
+            blocks = tuple(tuple(tile.block) for tile in tiles)
+            key = (id(kernel), kinds, blocks, *options.items())
+            _, self._compiled = _compiled.setdefault(key, (kernel, {}))
+
+    def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+        hooks = triton.knobs.runtime
+        listened = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        if self._compiled is None or listened:
+            self._by_triton(tensors)
+            return
+        device = torch._C._cuda_getDevice()
+        addresses, key, bits = [], [device], 0
+        for tensor in tensors:
+            if tensor is None:
+                addresses.append(None)
+                key.append(None)
+            elif type(tensor) is tuple:
+                parts = tuple(part.data_ptr() for part in tensor)
+                addresses.append(parts)
+                key.append(tuple((part.dtype, part.get_device()) for part in tensor))
+                for part in parts:
+                    bits |= part
+            else:
+                address = tensor.data_ptr()
+                bits |= address
+                addresses.append(address)
+                key.append(tensor.dtype)
+                key.append(tensor.get_device())
+        # Triton compiles for which addresses are multiples of 16: as a rule, all are.
+        if bits % 16:
+            key.append(tuple(map(_aligned, addresses)))
+        key = tuple(key)
+        found = self._compiled.get(key)
+        if found is None:
+            compiled = self._by_triton(tensors)
+            if not (compiled.run.global_scratch_size or compiled.run.profile_scratch_size):
+                self._compiled[key] = _called_directly(compiled)
+            return
+        launch, before, after, maps = found
+        if maps:
+            addresses = self._with_maps(tensors, addresses, maps)
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        grid = self._grid
+        y = grid[1] if len(grid) > 1 else 1
+        launch(grid[0], y, 1, stream, *before, None, None, *after, *addresses, *self._last)
+
+    def _by_triton(self, tensors):
+        """Triton's own launch, which looks at every argument; returns what it compiled."""
+        described = tuple(map(Tiles.of, self._tiles, tensors))
+        arguments = (*described, *tensors[len(described) :], *self._numbers)
+        return self._kernel[self._grid](*arguments, **self._options)
+
+    def _with_maps(self, tensors: tuple, addresses: list, maps: tuple) -> list:
+        """The addresses, for each tensor descriptor what the compiled kernel takes instead."""
+        arguments = []
+        for tensor, address, tile, found, make in zip(
+            tensors, addresses, self._tiles, self._maps, maps
+        ):
+            key = address, tensor.dtype
+            if key not in found:
+                if len(found) == MAPS:
+                    found.clear()
+                found[key] = make(tile.of(tensor))
+            arguments += found[key]
+        return arguments + addresses[len(maps) :]
 
 
 def _takes_known_launches(kernel) -> bool:
-    """Whether a kernel is one that Triton compiled, and nobody listens to its launches."""
-    hooks = triton.knobs.runtime
-    return (
-        isinstance(kernel, triton.runtime.JITFunction)  # else the interpreter's
-        and triton.__version__.startswith(TESTED_TRITON)
-        and not hooks.launch_enter_hook.calls
-        and not hooks.launch_exit_hook.calls
-    )
+    """Whether a kernel is one that Triton compiled: not the interpreter's."""
+    known = isinstance(kernel, triton.runtime.JITFunction)
+    return known and triton.__version__.startswith(TESTED_TRITON)
 
 
-def _values_matter(kernel) -> tuple[bool, ...]:
-    """For each parameter, whether Triton compiles for the value of a number given there."""
-    return tuple(not parameter.do_not_specialize for parameter in kernel.params)
+def _called_directly(compiled) -> tuple:
+    """The function in C that launches what Triton compiled, its arguments before and after those
+    for scratch memory, and for each tensor descriptor what makes a tensor map of it.
+    """
+    run = compiled.run
+    launch, maps = run.launch, ()
+    if isinstance(launch, FunctionType):  # which makes the maps anew in every launch
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        inner = inspect.getclosurevars(launch).nonlocals
+        launch = inner["launcher"]
+        maps = tuple(partial(make_tensordesc_arg, metadata=of) for of in inner["tensordesc_meta"])
+    before = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    return launch, before, (compiled.packed_metadata, None, None, None), maps
 
 
-def _kind(argument, valued: bool):
-    """What a compiled kernel depends on: types, alignment, None, and numbers where they count."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument if valued else -(2**31) <= argument < 2**31
-    if isinstance(argument, tuple):
-        return tuple(_kind(part, valued) for part in argument)
-    if isinstance(argument, Descriptor):
-        return argument.base.dtype, argument.block
-    return type(argument)
+def _kind(number, parameter):
+    """What a compiled kernel depends on in a number: its type, or itself where that counts."""
+    if isinstance(number, int):
+        in_32_bits = -(2**31) <= number < 2**31
+        return in_32_bits if parameter.do_not_specialize else number
+    return type(number)
 
 
-def _checked(argument):
-    return argument.checked() if isinstance(argument, Descriptor) else argument
+def _aligned(address) -> bool | tuple[bool, ...]:
+    if isinstance(address, tuple):
+        return tuple(map(_aligned, address))
+    return address is None or address % 16 == 0

@@ -8,7 +8,7 @@ import argparse
 from benchmark_kernels import kernel_times, make_inputs, make_steps
 from triton.runtime.errors import OutOfResources
 
-from megatron_mhc.kernels import launch, launch_backward
+from megatron_mhc.kernels import launch, launch_backward, launch_reduce, launch_replay
 
 TILES = ("BLOCK_T", "BLOCK_C", "num_warps", "STAGES", "maxnreg")
 SWEEP = {
@@ -19,10 +19,14 @@ SWEEP = {
     "replay": [(1, 1024, 4), (1, 512, 2), (1, 2048, 8), (1, 2048, 4), (1, 1024, 8)],
 }  # fmt: skip
 KERNELS = {"map": "merge_map", "replay": "merge_aggregate"}
-REDUCE = [(256, 16), (128, 16), (128, 32), (512, 8), (1024, 4)]
+PLANS = (launch.forward_plan, launch_backward.mapping_plan, launch_reduce.reduction,
+         launch_replay.replay_plan)  # fmt: skip
+REDUCE = [(128, 64), (128, 32), (256, 32), (256, 64)]
 
 
 def show(label: str, inputs: dict, kernel: str, op: str = "post_pre") -> None:
+    for plan in PLANS:
+        plan.cache_clear()
     try:
         _, step = make_steps(op, inputs, "triton")
         times = kernel_times(step, 7)
@@ -49,7 +53,7 @@ def main() -> None:
             show(f"{name} {options}", inputs, kernel, op)
         launch.CONFIGS[name] = chosen
     for block, shares in REDUCE:
-        launch_backward.REDUCE_BLOCK, launch_backward.REDUCE_SHARES = block, shares
+        launch_reduce.REDUCE_BLOCK, launch_reduce.REDUCE_SHARES = block, shares
         show(f"reduce {block} columns, {shares} shares", inputs, "reduce")
 
 

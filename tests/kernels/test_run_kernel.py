@@ -1,12 +1,16 @@
 """Launches that call an earlier launch's compiled kernel take the one that Triton would take."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.nvidia import driver
 
 from megatron_mhc.kernels import run_kernel as module
-from megatron_mhc.kernels.run_kernel import run_kernel
+from megatron_mhc.kernels.run_kernel import Launch, Tiles
 
 
 def copy(source_ptr, target_ptr, size, times, STEP: tl.constexpr):
@@ -18,10 +22,17 @@ class Compiled:
 
     function, packed_metadata = "function", "metadata"
 
-    def __init__(self):
+    def __init__(self, launch=None, scratch=0):
         self.launches = []
+        self.run = SimpleNamespace(
+            launch=launch or partial(Compiled.note, self),
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+            global_scratch_size=scratch,
+            profile_scratch_size=0,
+        )
 
-    def run(self, *arguments):
+    def note(self, *arguments):
         self.launches.append(arguments)
 
 
@@ -30,16 +41,16 @@ class Kernel(triton.runtime.JITFunction):
 
     def __init__(self):
         super().__init__(copy, do_not_specialize=["size"])
-        self.compiled = []
+        self.compiled, self.compile = [], Compiled
 
     def run(self, *arguments, grid, warmup, **options):
-        self.compiled.append(Compiled())
+        self.compiled.append(self.compile())
         return self.compiled[-1]
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setattr(module, "TESTED_TRITON", triton.__version__)
     return Kernel()
@@ -47,47 +58,84 @@ def kernel(monkeypatch):
 
 memory = torch.zeros(64, dtype=torch.bfloat16)
 aligned = memory[(-memory.data_ptr() % 16) // 2 :][:16]
+elsewhere = SimpleNamespace(dtype=aligned.dtype, data_ptr=aligned.data_ptr, get_device=lambda: 1)
+
+
+def launch(kernel, *tensors, numbers=(3, 4), grid=(1,), **options):
+    Launch(kernel, grid, numbers, **({"STEP": 8} | options))(*tensors)
 
 
 def test_second_launch_calls_the_compiled_kernel(kernel):
     for size in (3, 1, 16):
-        run_kernel(kernel, (2, 5), aligned, None, size, 4, STEP=8, num_warps=4)
+        launch(kernel, aligned, None, numbers=(size, 4), grid=(2, 5), num_warps=4)
     assert len(kernel.compiled) == 1
-    launches = kernel.compiled[0].launches
-    assert launches == [
-        (2, 5, 1, 7, "function", "metadata", None, None, None, aligned, None, size, 4, 8)
-        for size in (1, 16)
+    before = (2, 5, 1, 7, "function", False, False, None, None, "metadata", None, None, None)
+    assert kernel.compiled[0].launches == [
+        (*before, aligned.data_ptr(), None, size, 4, 8) for size in (1, 16)
     ]
 
 
+def test_a_tensor_map_is_made_once_for_an_address(kernel, monkeypatch):
+    maps, launches = [], []
+
+    def make(descriptor, metadata):
+        maps.append((descriptor, metadata))
+        return [f"map {len(maps)}", *descriptor.shape, *descriptor.strides]
+
+    def wrapped(launcher, tensordesc_meta):
+        return lambda *arguments: (launcher, tensordesc_meta)
+
+    def note(*arguments):
+        launches.append(arguments[13:])
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", make)
+    monkeypatch.setattr(Tiles, "of", lambda self, tensor: self)
+    kernel.compile = lambda: Compiled(wrapped(note, ["swizzle"]))
+    step = Launch(kernel, (1,), (3, 4), (Tiles((2, 8), (2, 4), "layout"),), STEP=8)
+    for tensor in (aligned, aligned, aligned, memory[32:], aligned):
+        step(tensor, aligned)
+    rest = (2, 8, 8, 1, aligned.data_ptr(), 3, 4, 8)
+    assert launches == [(f"map {k}", *rest) for k in (1, 1, 2, 1)]
+    assert [metadata for _, metadata in maps] == ["swizzle"] * 2
+    assert len(kernel.compiled) == 1
+
+
+def test_a_kernel_with_scratch_memory_gets_tritons_own_launch(kernel):
+    kernel.compile = lambda: Compiled(scratch=8)
+    for _ in range(2):
+        launch(kernel, aligned, None)
+    assert len(kernel.compiled) == 2
+
+
 @pytest.mark.parametrize(
-    ("arguments", "options"),
+    ("tensors", "numbers", "options"),
     [
-        ((aligned[1:], None, 3, 4), {"STEP": 8}),  # alignment
-        ((aligned.float(), None, 3, 4), {"STEP": 8}),  # dtype
-        ((aligned, aligned, 3, 4), {"STEP": 8}),  # a tensor where there was none
-        (((aligned, aligned), None, 3, 4), {"STEP": 8}),  # two for one
-        ((aligned, None, 2**40, 4), {"STEP": 8}),  # 64 bits
-        ((aligned, None, 3, 5), {"STEP": 8}),  # a value that Triton compiles for
-        ((aligned, None, 3, 4.0), {"STEP": 8}),
-        ((aligned, None, 3, 4), {"STEP": 16}),
-        ((aligned, None, 3, 4), {"STEP": 8, "num_warps": 8}),
+        ((aligned[1:], None), (3, 4), {}),  # alignment
+        ((aligned.float(), None), (3, 4), {}),  # dtype
+        ((aligned, aligned), (3, 4), {}),  # a tensor where there was none
+        (((aligned, aligned), None), (3, 4), {}),  # two for one
+        ((aligned, None), (2**40, 4), {}),  # 64 bits
+        ((aligned, None), (3, 5), {}),  # a value that Triton compiles for
+        ((aligned, None), (3, 4.0), {}),
+        ((elsewhere, None), (3, 4), {}),  # another device
+        ((aligned, None), (3, 4), {"STEP": 16}),
+        ((aligned, None), (3, 4), {"num_warps": 8}),
     ],
 )
-def test_what_triton_compiles_for_is_told_apart(kernel, arguments, options):
-    run_kernel(kernel, (1,), aligned, None, 3, 4, STEP=8)
-    run_kernel(kernel, (1,), *arguments, **options)
+def test_what_triton_compiles_for_is_told_apart(kernel, tensors, numbers, options):
+    launch(kernel, aligned, None)
+    launch(kernel, *tensors, numbers=numbers, **options)
     assert len(kernel.compiled) == 2
     assert not any(compiled.launches for compiled in kernel.compiled)
 
 
 def test_other_tritons_and_listeners_get_tritons_own_launch(kernel, monkeypatch):
     for _ in range(2):
-        run_kernel(kernel, (1,), aligned, None, 3, 4, STEP=8)
+        launch(kernel, aligned, None)
     monkeypatch.setattr(module, "TESTED_TRITON", "2.")
-    run_kernel(kernel, (1,), aligned, None, 3, 4, STEP=8)
+    launch(kernel, aligned, None)
     monkeypatch.setattr(module, "TESTED_TRITON", triton.__version__)
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
-    run_kernel(kernel, (1,), aligned, None, 3, 4, STEP=8)
+    launch(kernel, aligned, None)
     assert len(kernel.compiled) == 3
     assert len(kernel.compiled[0].launches) == 1
