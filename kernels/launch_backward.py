@@ -1,15 +1,13 @@
 """Backward of post, pre, head and post_pre: four launches. Tensors are [T, ...], contiguous."""
 
-import logging
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .aggregate_backward_kernel import aggregate_backward_kernel
+from .hopper import descriptor, serves_hopper
 from .launch import (
     CONFIGS,
     POST_STREAMS_RESIDENT,
@@ -23,10 +21,8 @@ from .launch import (
 )
 from .mapping_backward_kernel import mapping_backward_kernel
 from .reduce_kernel import reduce_kernel
-from .run_kernel import TESTED_TRITON, Descriptor, run_kernel
+from .run_kernel import run_kernel
 from .streams_backward_kernel import streams_backward_kernel
-
-logger = logging.getLogger(__name__)
 
 # Columns and shares that one program of reduce_kernel sums at a time, and rows of the mapping's
 # shares, which two programs sum alone.
@@ -34,24 +30,6 @@ REDUCE_BLOCK, REDUCE_SHARES, REDUCE_ROWS = 256, 16, 256
 # Tiles of the Hopper kernel in the time that a block of channels takes to begin (8192 x 4096: even
 # pieces of 125 took 335 us, whole ones of 128 took 330).
 BEGIN = 5
-
-
-@lru_cache
-def hopper(device: torch.device) -> bool:
-    """Whether the Hopper kernel runs on ``device``; says so if only Triton's version forbids it."""
-    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    if not triton.__version__.startswith(TESTED_TRITON):
-        logger.warning(
-            "mHC kernels: the backward pass for Hopper was tested with Triton %sx, this is %s: the "
-            "slower one for all GPUs is in use",
-            TESTED_TRITON,
-            triton.__version__,
-        )
-        return False
-    return True
 
 
 def backward(
@@ -256,11 +234,6 @@ def tiles_a_program(tiles: int, chunks: int, programs: int) -> int:
     return whole if waves * (whole + BEGIN) <= even + 2 * BEGIN else even
 
 
-def serves_hopper(x: Tensor, n: int) -> bool:
-    """Whether streams_backward_hopper_kernel takes these streams."""
-    return n == 4 and x.dtype == torch.bfloat16 and hopper(x.device)
-
-
 def streams_backward_hopper(
     x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
 ) -> tuple[Tensor, Tensor, Shares]:
@@ -277,12 +250,6 @@ def streams_backward_hopper(
     dposts = torch.empty((chunks, tokens, n), **empty)
     dcombs = torch.empty((chunks, tokens, n, n), **empty)
     dfns = torch.empty((cdiv(tiles - 1, work) + 1, *fn.shape), **empty)
-
-    def descriptor(tensor, block, layout):
-        # The copy engine takes addresses that are multiples of 16.
-        if tensor.data_ptr() % 16:
-            tensor = tensor.clone()
-        return Descriptor(tensor, block, layout)
 
     def streams(tensor):
         return descriptor(tensor, (block_t, n, block_c), hopper_kernel.STREAMS_TILE)
