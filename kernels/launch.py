@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from .aggregate_kernel import aggregate_kernel
+from .hopper import serves_hopper
 from .merge_map_kernel import merge_map_kernel
 from .run_kernel import Launch
 from .split_weight_kernel import split_weight_kernel
@@ -207,6 +208,12 @@ def forward(
         empty for the head, whose fn has n rows.
     """
     tokens, n, channels = sizes(x)
+    if mapping and tokens and serves_hopper(x, n):
+        # Gluon, which other GPUs need not have.
+        from .launch_post_pre_hopper import pays, post_pre_hopper
+
+        if pays(channels, x.device):
+            return post_pre_hopper(x, merge, mapping, iterations, eps, norm_eps)
     f, post, comb = merge or (None, None, None)
     fn, scale, base = mapping or (None, None, None)
     count = fn.shape[0] if mapping else 0

@@ -1,15 +1,13 @@
 """Backward of post, pre, head and post_pre: three launches. Tensors are contiguous."""
 
-import logging
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .aggregate_backward_kernel import aggregate_backward_kernel
+from .hopper import aligned, serves_hopper
 from .launch import (
     PLANS,
     POST_STREAMS_RESIDENT,
@@ -23,34 +21,14 @@ from .launch import (
     walk,
 )
 from .launch_reduce import MappingParts, Shares, reduce
-from .run_kernel import TESTED_TRITON, Launch, Tiles
+from .run_kernel import Launch, Tiles
 from .streams_backward_kernel import streams_backward_kernel
-
-logger = logging.getLogger(__name__)
 
 # Tokens of a program that computes gradients of the mappings.
 MAPPING_BACKWARD_BLOCK = 16
 # Tiles of the Hopper kernel in the time that a block of channels takes to begin (8192 x 4096: even
 # pieces of 125 took 335 us, whole ones of 128 took 330).
 BEGIN = 5
-
-
-@lru_cache
-def hopper(device: torch.device) -> bool:
-    """Whether the Hopper kernel runs on ``device``; says so if only Triton's version forbids it."""
-    if device.type != "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    if not triton.__version__.startswith(TESTED_TRITON):
-        logger.warning(
-            "mHC kernels: the backward pass for Hopper was tested with Triton %sx, this is %s: the "
-            "slower one for all GPUs is in use",
-            TESTED_TRITON,
-            triton.__version__,
-        )
-        return False
-    return True
 
 
 def backward(
@@ -250,11 +228,6 @@ def tiles_a_program(tiles: int, chunks: int, programs: int) -> int:
     return whole if waves * (whole + BEGIN) <= even + 2 * BEGIN else even
 
 
-def serves_hopper(x: Tensor, n: int) -> bool:
-    """Whether streams_backward_hopper_kernel takes these streams."""
-    return n == 4 and x.dtype == torch.bfloat16 and hopper(x.device)
-
-
 class HopperPlan(NamedTuple):
     """What all of streams_backward_hopper's calls of one shape share."""
 
@@ -291,11 +264,6 @@ def hopper_plan(tokens: int, n: int, channels: int, device: torch.device) -> Hop
     return HopperPlan(launch, chunks, block_c, tiles, work)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """For the copy engine, which takes addresses that are multiples of 16."""
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def streams_backward_hopper(
     x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
 ) -> tuple[Tensor, Tensor, Shares]:
@@ -306,6 +274,6 @@ def streams_backward_hopper(
     dposts = fn.new_empty(plan.chunks, tokens, n)
     dcombs = fn.new_empty(plan.chunks, tokens, n, n)
     dfns = fn.new_empty(cdiv(plan.tiles - 1, plan.work) + 1, *fn.shape)
-    arriving = map(_aligned, (x, f, dx_next, du))
+    arriving = map(aligned, (x, f, dx_next, du))
     plan.launch(*arriving, numbers, planes, dx, df, fn, dposts, dcombs, dfns)
     return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.tiles, plan.work)

@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .hopper_parts import columns, make_barriers, separate, stack
+
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 8
 TILE = gl.NVMMASharedLayout(128, 16, rank=2)
 STREAMS_TILE = gl.NVMMASharedLayout(128, 16, rank=3)
@@ -33,53 +35,6 @@ PRODUCTS_TILE = gl.constexpr(
 SWAP_4 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 4, 0x1f, 0xffffffff;")
 SWAP_2 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;")
 SWAP_1 = gl.constexpr("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;")
-
-
-@gluon.jit
-def columns(tile, COUNT: gl.constexpr, WIDTH: gl.constexpr, T: gl.constexpr, LAYOUT: gl.constexpr):
-    """The first COUNT columns of tile [T, WIDTH] as vectors [T]; every thread has whole rows."""
-    parts = (tile,)
-    for level in gl.static_range(WIDTH.bit_length() - 1):
-        halves = ()
-        for k in gl.static_range(1 << level):
-            pairs = gl.reshape(parts[k], (T, 2, WIDTH >> (level + 1)))
-            low, high = gl.split(gl.permute(pairs, (0, 2, 1)))
-            halves = halves + (low, high)
-        parts = halves
-    vectors = ()
-    for k in gl.static_range(COUNT):
-        vector = gl.reshape(parts[k], (T,))
-        vectors = vectors + (gl.convert_layout(vector, LAYOUT, assert_trivial=True),)
-    return vectors
-
-
-@gluon.jit
-def separate(tile, N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, LAYOUT: gl.constexpr):
-    """tile [T, N, B] as N tiles [T, B]; every thread has all streams of its elements."""
-    parts = (gl.permute(tile, (0, 2, 1)),)
-    for level in gl.static_range(N.bit_length() - 1):
-        halves = ()
-        for k in gl.static_range(1 << level):
-            pairs = gl.reshape(parts[k], (T, B, 2, N >> (level + 1)))
-            low, high = gl.split(gl.permute(pairs, (0, 1, 3, 2)))
-            halves = halves + (low, high)
-        parts = halves
-    tiles = ()
-    for k in gl.static_range(N):
-        tile = gl.reshape(parts[k], (T, B))
-        tiles = tiles + (gl.convert_layout(tile, LAYOUT, assert_trivial=True),)
-    return tiles
-
-
-@gluon.jit
-def stack(values, COUNT: gl.constexpr):
-    """COUNT (a power of two) equal tensors as one, along new last dimensions of 2 each."""
-    for level in gl.static_range(COUNT.bit_length() - 1):
-        joined = ()
-        for k in gl.static_range(COUNT >> (level + 1)):
-            joined = joined + (gl.join(values[k], values[k + (COUNT >> (level + 1))]),)
-        values = joined
-    return values[0]
 
 
 @gluon.jit
@@ -113,16 +68,6 @@ def exchange(value, EXCHANGE: gl.constexpr):
     return gl.inline_asm_elementwise(
         EXCHANGE, "=f,f", [value], dtype=gl.float32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def make_barriers(COUNT: gl.constexpr):
-    """COUNT barriers of one arrival each. What shares an allocation the compiler keeps in order, so
-    every ring has its own."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for k in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(k), count=1)
-    return barriers
 
 
 @gluon.jit
@@ -360,14 +305,14 @@ def streams_backward_hopper_kernel(
     dx_tile = gl.allocate_shared_memory(gl.bfloat16, [T, N, B], tile3)
     df_tile = gl.allocate_shared_memory(gl.bfloat16, [T, B], tile)
     full = (
-        make_barriers(2),
-        make_barriers(2),
-        make_barriers(2),
-        make_barriers(2),
-        make_barriers(3),
-        make_barriers(3),
+        make_barriers(2, 1),
+        make_barriers(2, 1),
+        make_barriers(2, 1),
+        make_barriers(2, 1),
+        make_barriers(3, 1),
+        make_barriers(3, 1),
     )
-    empty = (make_barriers(2), make_barriers(3))
+    empty = (make_barriers(2, 1), make_barriers(3, 1))
     fence_async_shared()
     gl.thread_barrier()
 

@@ -1,0 +1,71 @@
+"""What the Gluon kernels share: tiles as tuples of tiles and vectors, and barriers."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+
+@gluon.jit
+def columns(tile, COUNT: gl.constexpr, WIDTH: gl.constexpr, T: gl.constexpr, LAYOUT: gl.constexpr):
+    """The first COUNT columns of tile [T, WIDTH] as vectors [T]; every thread has whole rows."""
+    parts = (tile,)
+    for level in gl.static_range(WIDTH.bit_length() - 1):
+        halves = ()
+        for k in gl.static_range(1 << level):
+            pairs = gl.reshape(parts[k], (T, 2, WIDTH >> (level + 1)))
+            low, high = gl.split(gl.permute(pairs, (0, 2, 1)))
+            halves = halves + (low, high)
+        parts = halves
+    vectors = ()
+    for k in gl.static_range(COUNT):
+        vector = gl.reshape(parts[k], (T,))
+        vectors = vectors + (gl.convert_layout(vector, LAYOUT, assert_trivial=True),)
+    return vectors
+
+
+@gluon.jit
+def separate(tile, N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, LAYOUT: gl.constexpr):
+    """tile [T, N, B] as N tiles [T, B]; every thread has all streams of its elements."""
+    parts = (gl.permute(tile, (0, 2, 1)),)
+    for level in gl.static_range(N.bit_length() - 1):
+        halves = ()
+        for k in gl.static_range(1 << level):
+            pairs = gl.reshape(parts[k], (T, B, 2, N >> (level + 1)))
+            low, high = gl.split(gl.permute(pairs, (0, 1, 3, 2)))
+            halves = halves + (low, high)
+        parts = halves
+    tiles = ()
+    for k in gl.static_range(N):
+        tile = gl.reshape(parts[k], (T, B))
+        tiles = tiles + (gl.convert_layout(tile, LAYOUT, assert_trivial=True),)
+    return tiles
+
+
+@gluon.jit
+def stack(values, COUNT: gl.constexpr):
+    """COUNT (a power of two) equal tensors as one, along new last dimensions of 2 each."""
+    for level in gl.static_range(COUNT.bit_length() - 1):
+        joined = ()
+        for k in gl.static_range(COUNT >> (level + 1)):
+            joined = joined + (gl.join(values[k], values[k + (COUNT >> (level + 1))]),)
+        values = joined
+    return values[0]
+
+
+@gluon.jit
+def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers of ARRIVALS arrivals each. What shares an allocation the compiler keeps in
+    order, so every ring has its own.
+    """
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for k in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(k), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def arrive(barrier):
+    """One arrival. Around mbarrier.arrive the compiler puts two barriers of all threads; here it is
+    the caller who sees to it that all have done what they announce.
+    """
+    mbarrier.expect(barrier, 0)

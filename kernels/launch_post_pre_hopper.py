@@ -1,0 +1,129 @@
+"""Launch of post_pre_hopper_kernel, the forward pass on Hopper. Tensors are contiguous."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .hopper import aligned
+from .launch import PLANS, cdiv, multiprocessors, sizes
+from .post_pre_hopper_groups import MAIL
+from .post_pre_hopper_kernel import (
+    COMB_TILE,
+    NUM_WARPS,
+    POST_TILE,
+    REGISTERS,
+    STREAMS_TILE,
+    TILE,
+    post_pre_hopper_kernel,
+)
+from .post_pre_hopper_mappings import ROWS
+from .run_kernel import Launch, Tiles
+
+BLOCK_C = 256
+# Tokens of a tile and depths of the rings, with a merge and without.
+POST_PRE = {"T": 16, "RX": 2, "RK": 4, "RS": 1}
+PRE = {"T": 8, "RX": 12, "RK": 12, "RS": 2}
+# Blocks of a group at most. A tile waits for its slowest block: with 28 (7168 channels) the two
+# kernels that serve every GPU took 240 us, this one 339.
+LARGEST_GROUP = 16
+# Share of all multiprocessors' channels that must be channels of X: a tile takes as long where many
+# are padding. At 8192 x 4096 it was 0.97, in 217 us against 268: they break even near 0.8.
+LEAST_SHARE = 7 / 8
+# Tiles that a group draws at once; drawing single ones is slower.
+CHUNK = 4
+
+
+def pays(channels: int, device: torch.device) -> bool:
+    """Whether one pass over X is faster than the two kernels for every GPU."""
+    size = cdiv(channels, BLOCK_C)
+    slots = multiprocessors(device)
+    return size <= LARGEST_GROUP and slots // size * channels >= LEAST_SHARE * slots * BLOCK_C
+
+
+class Plan(NamedTuple):
+    """What all calls of one shape share; ``words`` are those of one launch's state."""
+
+    launch: Launch
+    tiles: int
+    size: int
+    block_t: int
+    words: int
+
+
+@lru_cache(PLANS)
+def plan_of(
+    tokens: int,
+    n: int,
+    channels: int,
+    count: int,
+    device: torch.device,
+    merges: bool,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> Plan:
+    """For at least one token."""
+    rings = POST_PRE if merges else PRE
+    block_t = rings["T"]
+    tiles = cdiv(tokens, block_t)
+    size = cdiv(channels, BLOCK_C)
+    groups = min(multiprocessors(device) // size, tiles)
+    chunk = max(1, min(CHUNK, tiles // (2 * groups)))
+    mails = cdiv(tiles, chunk) + 1
+    streams = Tiles((tokens, n, channels), (block_t, n, BLOCK_C), STREAMS_TILE)
+    sources = (streams,) * 5
+    if merges:
+        f = Tiles((tokens, channels), (block_t, BLOCK_C), TILE)
+        post = Tiles((tokens, n), (block_t, n), POST_TILE)
+        comb = Tiles((tokens, n * n), (block_t, n * n), COMB_TILE)
+        sources = (streams, f, post, comb, streams)
+    launch = Launch(
+        post_pre_hopper_kernel,
+        (groups * size,),
+        (tokens, mails, chunk, eps, norm_eps),
+        sources,
+        N=n,
+        C=channels,
+        B=BLOCK_C,
+        **rings,
+        COUNT=count,
+        ITERATIONS=iterations,
+        MERGE=merges,
+        REGISTERS=REGISTERS,
+        num_warps=NUM_WARPS,
+    )
+    return Plan(launch, tiles, size, block_t, MAIL.value + groups * mails + tiles)
+
+
+def post_pre_hopper(
+    x: Tensor,
+    merge: tuple[Tensor, Tensor, Tensor] | None,
+    mapping: tuple[Tensor, Tensor, Tensor],
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, ...]:
+    """As :func:`.launch.forward`, of at least one token."""
+    tokens, n, channels = sizes(x)
+    fn, scale, base = mapping
+    count, merges = fn.shape[0], merge is not None
+    plan = plan_of(tokens, n, channels, count, x.device, merges, iterations, eps, norm_eps)
+    lead = x.shape[:-2]
+    kept = (0,) if count == n else lead
+    u = x.new_empty(*lead, channels)
+    pre, m, r = fn.new_empty(*lead, n), fn.new_empty(*lead, count), fn.new_empty(lead)
+    post_next, comb_next = fn.new_empty(*kept, n), fn.new_empty(*kept, n, n)
+    shares = fn.new_empty(plan.tiles, plan.size, ROWS.value, plan.block_t)
+    # Of this launch alone: launches on several streams run at once.
+    state = fn.new_zeros(plan.words, dtype=torch.int32)
+    x = aligned(x)
+    x_next, sources = None, (x,) * 5
+    if merge:
+        x_next = torch.empty_like(x)
+        sources = (x, *map(aligned, merge), x_next)
+    outputs = (u, pre, m, r, post_next, comb_next)
+    plan.launch(*sources, fn, scale, base, *outputs, shares, state)
+    outputs = (u, post_next, comb_next, pre, m, r)
+    return (x_next, *outputs) if merge else outputs

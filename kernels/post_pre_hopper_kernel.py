@@ -1,0 +1,388 @@
+"""Merge, mapping products, mappings and aggregation on Hopper in one pass over X, in Gluon.
+
+G blocks form a group (post_pre_hopper_groups.py). Each owns B channels of all four streams, with
+its slice of fn in registers, and a group works through tiles of T tokens together: every block
+merges its channels, keeps X' in shared memory, and leaves its share of the tile's 24 products and
+squares in L2. When the shares of all G are there, each block sums them, forms pre, and aggregates
+the X' that it kept, while its other warps are tiles ahead. bfloat16 streams, n = 4.
+
+Warps: 8 merge and multiply; 4 aggregate; one each stores X' and shares, forms pre, loads, and forms
+post and comb (post_pre_hopper_mappings.py). What goes from one to the next lies in rings: X and f
+RX tiles deep, X' and pre RK, sums of the merging warps RS.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    mma_v2,
+    tma,
+)
+
+from .hopper_parts import arrive, columns, make_barriers, separate, stack
+from .post_pre_hopper_groups import (
+    MAIL,
+    TICKET,
+    TILE_NUMBERS,
+    draw,
+    read_tile,
+    receive,
+    write_tile,
+)
+from .post_pre_hopper_mappings import ROWS, form_mappings, form_pre
+
+NUM_WARPS = 8
+TILE = gl.NVMMASharedLayout(128, 16, rank=2)
+STREAMS_TILE = gl.NVMMASharedLayout(128, 16, rank=3)
+POST_TILE = gl.NVMMASharedLayout(0, 32, rank=2)
+COMB_TILE = gl.NVMMASharedLayout(64, 32, rank=2)
+# Registers of a thread of the aggregating, storing, pre-forming, loading and mapping warps; the
+# merging ones get the rest.
+REGISTERS = (72, 56, 56, 40, 56)
+
+
+@gluon.jit
+def load_tiles(
+    sources, rings, full, empty, numbers, state_ptr, mail_ptr, tiles, chunk, rank,
+    N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr, G: gl.constexpr,
+    MERGE: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: chunks of ``chunk`` tiles, drawn one ahead by the group's last block."""
+    x, f, post, comb = sources
+    xs, fs, posts, combs = rings
+    BYTES: gl.constexpr = N * T * B * 2 + (T * B * 2 + T * (N + N * N) * 4 if MERGE else 0)
+    chunks = gl.cdiv(tiles, chunk)
+    channel = rank * B
+    drawing = rank == G - 1
+    if drawing:
+        drawing = draw(state_ptr, mail_ptr, 0) < chunks
+    tile = receive(mail_ptr, 0) * chunk
+    k = gl.to_tensor(0)
+    while tile < tiles:
+        slot = k % RX
+        mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)
+        write_tile(numbers, k % TILE_NUMBERS, tile)
+        gl.thread_barrier()
+        bar = full.index(slot)
+        mbarrier.expect(bar, BYTES)
+        t = tile * T
+        tma.async_copy_global_to_shared(x, [t, 0, channel], bar, xs.index(slot))
+        if MERGE:
+            tma.async_copy_global_to_shared(f, [t, channel], bar, fs.index(slot))
+            tma.async_copy_global_to_shared(comb, [t, 0], bar, combs.index(slot))
+            tma.async_copy_global_to_shared(post, [t, 0], bar, posts.index(slot))
+        if drawing & (k % chunk == 0):
+            drawing = draw(state_ptr, mail_ptr, k // chunk + 1) < chunks
+        k += 1
+        tile += 1
+        if k % chunk == 0:
+            tile = receive(mail_ptr, k // chunk) * chunk
+    slot = k % RX
+    mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)
+    write_tile(numbers, k % TILE_NUMBERS, tiles)
+    gl.thread_barrier()
+    arrive(full.index(slot))
+
+
+@gluon.jit
+def weights_of(
+    fn_ptr, rank, ROW: gl.constexpr, STREAM: gl.constexpr, N: gl.constexpr, C: gl.constexpr,
+    B: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr,
+    W: gl.constexpr,
+):  # fmt: skip
+    """fn's rows ROW to ROW + 7 as operand [W, 8 bf16 hi | 8 lo, 2 streams x channels of a warp]."""
+    PART: gl.constexpr = B // W
+    w = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
+    row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
+    k = gl.arange(0, 2 * PART, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    k = k[None, :][:, None, :]
+    channel = rank * B + w * PART + k % PART
+    at = (ROW + row) * (N * C) + (STREAM + k // PART) * C + channel
+    inside = (ROW + row < COUNT) & (channel < C)
+    weight = gl.load(fn_ptr + at, mask=inside, other=0.0)
+    hi = weight.to(gl.bfloat16)
+    lo = (weight - hi.to(gl.float32)).to(gl.bfloat16)
+    both = gl.permute(gl.join(hi, lo), (0, 3, 1, 2))
+    return gl.convert_layout(gl.reshape(both, (W, 16, 2 * PART)), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def operand_of(
+    first, second, T: gl.constexpr, B: gl.constexpr, OPERAND: gl.constexpr, W: gl.constexpr
+):  # fmt: skip
+    """Two streams [T, B] as operand [W, 2 streams x channels of a warp, T]."""
+    PART: gl.constexpr = B // W
+    both = gl.reshape(gl.join(first, second), (T, W, PART, 2))
+    both = gl.permute(both, (1, 3, 2, 0))
+    return gl.convert_layout(gl.reshape(both, (W, 2 * PART, T)), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def merge_tiles(
+    rings, kept, sums, square_sums, full, empty, kept_empty, sums_full, sums_empty, numbers,
+    fn_ptr, tiles, rank,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, W: gl.constexpr,
+    RX: gl.constexpr, RK: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The merging warps. Each multiplies its own 32 channels with fn, by the matrix units
+    (mma.sync): a thread's 8 channels of a token are its elements of an operand as they stand.
+    """
+    GROUPS: gl.constexpr = (COUNT + 7) // 8
+    PAIRS: gl.constexpr = N // 2
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [1, W], [1, 0])
+    streams3: gl.constexpr = gl.BlockedLayout([1, N, 8], [8, 1, 4], [1, 1, W], [2, 1, 0])
+    row16: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [1, W], [1, 0])
+    row4: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [1, W], [1, 0])
+    token: gl.constexpr = gl.SliceLayout(1, plain)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
+    weight_layout: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 32]],
+        [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        [[1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [],
+        [8, 8, 64],
+    )
+    xs, fs, posts, combs = rings
+    weights = ()
+    for g in gl.static_range(GROUPS):
+        for p in gl.static_range(PAIRS):
+            weights = weights + (
+                weights_of(fn_ptr, rank, g * 8, p * 2, N, C, B, COUNT, weight_layout, left, W),
+            )
+
+    k = gl.to_tensor(0)
+    mbarrier.wait(full.index(0), 0)
+    tile = read_tile(numbers, 0, W)
+    while tile < tiles:
+        slot = k % RX
+        streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
+        squares = gl.zeros((T, B), gl.float32, layout=plain)
+        if MERGE:
+            comb = columns(combs.index(slot).load(row16), N * N, N * N, T, token)
+            post = columns(posts.index(slot).load(row4), N, N, T, token)
+            f = fs.index(slot).load(plain).to(gl.float32)
+            merged = ()
+            for o in gl.static_range(N):
+                # Fused as in accumulate.py: the replay has the same bits.
+                stream = post[o][:, None] * f
+                for i in gl.static_range(N):
+                    weight, _ = gl.broadcast(comb[i * N + o][:, None], stream)
+                    stream = gl.fma(weight, streams[i].to(gl.float32), stream)
+                squares = gl.fma(stream, stream, squares)
+                merged = merged + (stream.to(gl.bfloat16),)
+            kept_slot = k % RK
+            mbarrier.wait(kept_empty.index(kept_slot), ((k // RK) & 1) ^ 1)
+            side_by_side = gl.permute(gl.reshape(stack(merged, N), (T, B, N)), (0, 2, 1))
+            kept.index(kept_slot).store(side_by_side)
+        else:
+            merged = streams
+            for o in gl.static_range(N):
+                stream = merged[o].to(gl.float32)
+                squares = gl.fma(stream, stream, squares)
+        operands = ()
+        for p in gl.static_range(PAIRS):
+            operands = operands + (operand_of(merged[2 * p], merged[2 * p + 1], T, B, right, W),)
+        sums_slot = k % RS
+        mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)
+        for g in gl.static_range(GROUPS):
+            product = gl.zeros((W, 16, T), gl.float32, layout=mma)
+            for p in gl.static_range(PAIRS):
+                product = mma_v2(weights[g * PAIRS + p], operands[p], product)
+            product = gl.sum(gl.reshape(product, (W, 2, 8, T)), 1)
+            sums[g].index(sums_slot).store(product)
+        square = gl.sum(gl.reshape(squares, (T, B // 8, 8)), 2)
+        square_sums.index(sums_slot).store(gl.permute(square, (1, 0)))
+        if MERGE:
+            fence_async_shared()
+        gl.thread_barrier()
+        arrive(sums_full.index(sums_slot))
+        if MERGE:
+            arrive(empty.index(slot))
+        k += 1
+        mbarrier.wait(full.index(k % RX), (k // RX) & 1)
+        tile = read_tile(numbers, k % TILE_NUMBERS, W)
+    sums_slot = k % RS
+    mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)
+    if MERGE:
+        # No warp may be a whole ring behind when the end is announced.
+        mbarrier.wait(kept_empty.index(k % RK), ((k // RK) & 1) ^ 1)
+    gl.thread_barrier()
+    arrive(sums_full.index(sums_slot))
+
+
+@gluon.jit
+def store_tiles(
+    x_next, kept, sums, square_sums, kept_empty, sums_full, sums_empty, published, numbers,
+    shares_ptr, ready_ptr, tiles, rank,
+    T: gl.constexpr, B: gl.constexpr, W: gl.constexpr, RK: gl.constexpr, RS: gl.constexpr,
+    G: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
+):  # fmt: skip
+    """The storing warp: X' of a tile to memory; its products and squares, summed over the merging
+    warps, to shares [tiles, G, ROWS, T], and then one to the count ``ready`` of the tile's shares.
+    """
+    GROUPS: gl.constexpr = (COUNT + 7) // 8
+    PARTS: gl.constexpr = B // 8
+    wide: gl.constexpr = gl.BlockedLayout([W, 1, 2], [1, 8, 4], [1, 1, 1], [2, 1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([PARTS // 4, 1], [4, 8], [1, 1], [1, 0])
+    row = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(0, wide)))
+    t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(0, wide)))
+    in_share = row[:, None] * T + t[None, :]
+    in_squares = 24 * T + gl.arange(0, T, layout=gl.SliceLayout(0, flat))
+    k = gl.to_tensor(0)
+    mbarrier.wait(sums_full.index(0), 0)
+    tile = read_tile(numbers, 0, 1)
+    while tile < tiles:
+        slot = k % RS
+        if MERGE:
+            tma.async_copy_shared_to_global(x_next, [tile * T, 0, rank * B], kept.index(k % RK))
+        share_ptr = shares_ptr + (tile.to(gl.int64) * G + rank) * (ROWS * T)
+        for g in gl.static_range(GROUPS):
+            total = gl.sum(sums[g].index(slot).load(wide), 0)
+            gl.store(share_ptr + g * 8 * T + in_share, total)
+        square = gl.sum(square_sums.index(slot).load(flat), 0)
+        gl.store(share_ptr + in_squares, square)
+        gl.thread_barrier()
+        arrive(sums_empty.index(slot))
+        gl.atomic_add(ready_ptr + tile, 1, sem="release", scope="gpu")
+        arrive(published.index(k % RK))
+        if MERGE:
+            # The copy before this one has read its X'.
+            tma.store_wait(1)
+            gl.thread_barrier()
+            mbarrier.expect(kept_empty.index((k + RK - 1) % RK), 0, pred=k > 0)
+        k += 1
+        mbarrier.wait(sums_full.index(k % RS), (k // RS) & 1)
+        tile = read_tile(numbers, k % TILE_NUMBERS, 1)
+    arrive(published.index(k % RK))
+    if MERGE:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def aggregate_tiles(
+    kept, pre_ring, pre_full, kept_empty, numbers, u_ptr, tokens, tiles, rank,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RK: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """The aggregating warps: u of the X' that was kept, once its pre is there."""
+    WARPS_C: gl.constexpr = B // 64
+    WARPS_T: gl.constexpr = num_warps // WARPS_C
+    plain: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS_T, WARPS_C], [1, 0])
+    streams3: gl.constexpr = gl.BlockedLayout(
+        [1, N, 8], [4, 1, 8], [WARPS_T, 1, WARPS_C], [2, 1, 0]
+    )
+    row4: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [WARPS_T, WARPS_C], [1, 0])
+    token: gl.constexpr = gl.SliceLayout(1, plain)
+    channel = rank * B + gl.arange(0, B, layout=gl.SliceLayout(0, plain))
+    in_tile = gl.arange(0, T, layout=token)
+    inside = (channel < C)[None, :]
+    k = gl.to_tensor(0)
+    mbarrier.wait(pre_full.index(0), 0)
+    tile = read_tile(numbers, 0, num_warps)
+    while tile < tiles:
+        slot = k % RK
+        pre = columns(pre_ring.index(slot).permute((1, 0)).load(row4), N, N, T, token)
+        streams = separate(kept.index(slot).load(streams3), N, T, B, plain)
+        u = gl.zeros((T, B), gl.float32, layout=plain)
+        for o in gl.static_range(N):
+            weight, _ = gl.broadcast(pre[o][:, None], u)
+            u = gl.fma(weight, streams[o].to(gl.float32), u)  # as in accumulate.py
+        gl.thread_barrier()
+        arrive(kept_empty.index(slot))
+        rows = tile.to(gl.int64) * T + in_tile
+        at = u_ptr + rows[:, None] * C + channel[None, :]
+        gl.store(at, u.to(gl.bfloat16), mask=(rows < tokens)[:, None] & inside)
+        k += 1
+        mbarrier.wait(pre_full.index(k % RK), (k // RK) & 1)
+        tile = read_tile(numbers, k % TILE_NUMBERS, num_warps)
+
+
+@gluon.jit(do_not_specialize=["tokens", "mails", "chunk"])
+def post_pre_hopper_kernel(
+    x, f, post, comb, x_next, fn_ptr, scale_ptr, base_ptr, u_ptr, pre_ptr, m_ptr, r_ptr,
+    post_ptr, comb_ptr, shares_ptr, state_ptr, tokens, mails, chunk, eps, norm_eps,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
+    RK: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, ITERATIONS: gl.constexpr,
+    MERGE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """What merge_map_kernel and aggregate_kernel compute.
+
+    x, x_next [tokens, N, C], f [tokens, C], post [tokens, N] and comb [tokens, N * N] are tensor
+    descriptors; without MERGE all are x, which is aggregated from the ring it was loaded into (RK =
+    RX). fn [COUNT, N * C]; writes u [tokens, C], pre [tokens, N], m [tokens, COUNT], r [tokens]
+    and, unless COUNT is N, post [tokens, N] and comb [tokens, N, N].
+
+    shares [tiles, G, ROWS, T] is scratch; state [MAIL + groups * mails + tiles] int32 must be zero,
+    with ``mails`` one more than there are chunks of ``chunk`` tiles. The grid is groups * G blocks.
+    """
+    G: gl.constexpr = (C + B - 1) // B
+    GROUPS: gl.constexpr = (COUNT + 7) // 8
+    tile2: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    tile3: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
+    flat1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    flat3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    ticket = gl.atomic_add(state_ptr + TICKET, 1, sem="relaxed", scope="gpu")
+    group = ticket // G
+    rank = ticket % G
+    tiles = gl.cdiv(tokens, T)
+    mail_ptr = state_ptr + MAIL + group * mails
+    ready_ptr = state_ptr + MAIL + gl.num_programs(0) // G * mails
+
+    xs = gl.allocate_shared_memory(gl.bfloat16, [RX, T, N, B], tile3)
+    if MERGE:
+        kept = gl.allocate_shared_memory(gl.bfloat16, [RK, T, N, B], tile3)
+        fs = gl.allocate_shared_memory(gl.bfloat16, [RX, T, B], tile2)
+        posts = gl.allocate_shared_memory(gl.float32, [RX, T, N], post.layout)
+        combs = gl.allocate_shared_memory(gl.float32, [RX, T, N * N], comb.layout)
+        rings = (xs, fs, posts, combs)
+        sources = (x, f, post, comb)
+    else:
+        kept = xs
+        rings = (xs, xs, xs, xs)
+        sources = (x, x, x, x)
+    # What shares an allocation the compiler keeps in order, by barriers.
+    sums = ()
+    for _ in gl.static_range(GROUPS):
+        sums = sums + (gl.allocate_shared_memory(gl.float32, [RS, num_warps, 8, T], flat3),)
+    square_sums = gl.allocate_shared_memory(gl.float32, [RS, B // 8, T], flat2)
+    pre_ring = gl.allocate_shared_memory(gl.float32, [RK, N, T], flat2)
+    numbers = gl.allocate_shared_memory(gl.int32, [TILE_NUMBERS, 1], flat1)
+    queue_tile = gl.allocate_shared_memory(gl.int32, [2, 1], flat1)
+    queue_r = gl.allocate_shared_memory(gl.float32, [2, T], flat1)
+    full = make_barriers(RX, 1)
+    empty = make_barriers(RX, 1)
+    sums_full = make_barriers(RS, 1)
+    sums_empty = make_barriers(RS, 1)
+    published = make_barriers(RK, 1)
+    pre_full = make_barriers(RK, 1)
+    queue_full = make_barriers(2, 1)
+    queue_empty = make_barriers(2, 1)
+    # X' is given back by the warp that stores it and by those that aggregate it.
+    kept_empty = make_barriers(RK, 2) if MERGE else empty
+    fence_async_shared()
+    gl.thread_barrier()
+
+    queue = (queue_tile, queue_r)
+    # fmt: off
+    gl.warp_specialize([
+        (merge_tiles, (rings, kept, sums, square_sums, full, empty, kept_empty, sums_full,
+                       sums_empty, numbers, fn_ptr, tiles, rank, N, C, T, B, num_warps, RX, RK, RS,
+                       COUNT, MERGE)),
+        (aggregate_tiles, (kept, pre_ring, pre_full, kept_empty, numbers, u_ptr, tokens, tiles,
+                           rank, N, C, T, B, RK, 4)),
+        (store_tiles, (x_next, kept, sums, square_sums, kept_empty, sums_full, sums_empty,
+                       published, numbers, shares_ptr, ready_ptr, tiles, rank, T, B, num_warps, RK,
+                       RS, G, COUNT, MERGE)),
+        (form_pre, (pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
+                    shares_ptr, ready_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens,
+                    tiles, rank, eps, norm_eps, N, C, T, RK, G, COUNT)),
+        (load_tiles, (sources, rings, full, empty, numbers, state_ptr, mail_ptr, tiles, chunk, rank,
+                      N, T, B, RX, G, MERGE)),
+        (form_mappings, (queue, queue_full, queue_empty, shares_ptr, scale_ptr, base_ptr, m_ptr,
+                         post_ptr, comb_ptr, tokens, tiles, eps, N, T, G, COUNT, ITERATIONS)),
+    ], [4, 1, 1, 1, 1], REGISTERS)
+    # fmt: on

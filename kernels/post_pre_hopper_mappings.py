@@ -1,0 +1,163 @@
+"""The two warps of post_pre_hopper_kernel that turn products with fn into mappings."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .hopper_parts import arrive
+from .post_pre_hopper_groups import TILE_NUMBERS, read_tile, wait_for, write_tile
+
+ROWS = gl.constexpr(32)  # of a block's share: 24 products, then one of squares
+
+
+@gluon.jit
+def sum_shares(share_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """Sums of the group's shares [G, ROWS, T] in a fixed order: of the first four rows, and of the
+    squares for each of them, both [4, T].
+    """
+    PART: gl.constexpr = 128 // T
+    part = gl.arange(0, PART, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    part = part[:, None][:, :, None]
+    row = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    row = row[None, :][:, :, None]
+    t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    t = t[None, :][:, None, :]
+    product = gl.zeros((4, T), gl.float32, layout=gl.SliceLayout(0, LAYOUT))
+    square = product
+    for first in gl.static_range(0, G, PART):
+        inside = first + part + 0 * row + 0 * t < G
+        at = share_ptr + (first + part) * (ROWS * T) + t
+        # Other blocks wrote them, so they must not come from this multiprocessor's cache.
+        values = gl.load(at + row * T, mask=inside, other=0.0, cache_modifier=".cg")
+        squares = gl.load(at + 24 * T + 0 * row, mask=inside, other=0.0, cache_modifier=".cg")
+        product += gl.sum(values, 0)
+        square += gl.sum(squares, 0)
+    return product, square
+
+
+@gluon.jit
+def form_pre(
+    pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
+    shares_ptr, ready_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr,
+    tokens, tiles, rank, eps, norm_eps,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, RK: gl.constexpr, G: gl.constexpr,
+    COUNT: gl.constexpr,
+):  # fmt: skip
+    """pre of every tile of the group, as soon as all its shares are there. The rest of a tile's
+    mappings is for one block, in turn.
+    """
+    layout: gl.constexpr = gl.BlockedLayout(
+        [16 // T, 1, 4], [32 // T, 4, T // 4], [1, 1, 1], [2, 1, 0]
+    )
+    two: gl.constexpr = gl.SliceLayout(0, layout)
+    scale = gl.load(scale_ptr)
+    row = gl.arange(0, 4, layout=gl.SliceLayout(1, two))
+    base = gl.load(base_ptr + row)
+    in_tile = gl.arange(0, T, layout=gl.SliceLayout(0, two))
+    queue_tile, queue_r = queue
+    queued = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    k = gl.to_tensor(0)
+    mbarrier.wait(published.index(0), 0)
+    tile = read_tile(numbers, 0, 1)
+    while tile < tiles:
+        slot = k % RK
+        wait_for(ready_ptr + tile, G)
+        share_ptr = shares_ptr + tile.to(gl.int64) * (G * ROWS * T)
+        product, square = sum_shares(share_ptr, T, G, layout)
+        r = gl.rsqrt(square / (N * C) + norm_eps)
+        m = r * product
+        pre = 1 / (1 + gl.exp(-(m * scale + base[:, None]))) + eps
+        pre_ring.index(slot).store(pre)
+        gl.thread_barrier()
+        arrive(pre_full.index(slot))
+        if turn == rank:
+            rows = tile.to(gl.int64) * T + in_tile
+            valid = (row < N)[:, None] & (rows < tokens)[None, :]
+            gl.store(pre_ptr + rows[None, :] * N + row[:, None], pre, mask=valid)
+            gl.store(m_ptr + rows[None, :] * COUNT + row[:, None], m, mask=valid)
+            token_r = gl.max(r, 0)
+            gl.store(r_ptr + rows, token_r, mask=rows < tokens)
+            if COUNT > N:
+                mbarrier.wait(queue_empty.index(queued % 2), ((queued // 2) & 1) ^ 1)
+                queue_r.index(queued % 2).store(token_r)
+                write_tile(queue_tile, queued % 2, tile)
+                gl.thread_barrier()
+                arrive(queue_full.index(queued % 2))
+                queued += 1
+        turn = gl.where(turn == G - 1, 0, turn + 1)
+        k += 1
+        mbarrier.wait(published.index(k % RK), (k // RK) & 1)
+        tile = read_tile(numbers, k % TILE_NUMBERS, 1)
+    arrive(pre_full.index(k % RK))
+    if COUNT > N:
+        mbarrier.wait(queue_empty.index(queued % 2), ((queued // 2) & 1) ^ 1)
+        write_tile(queue_tile, queued % 2, tiles)
+        gl.thread_barrier()
+        arrive(queue_full.index(queued % 2))
+
+
+@gluon.jit
+def sinkhorn(logits, eps, ITERATIONS: gl.constexpr):
+    """sinkhorn_forward in Gluon, which does not take Triton's functions."""
+    matrix = gl.exp(logits - gl.max(logits, 2)[:, :, None])
+    matrix = matrix / gl.sum(matrix, 2)[:, :, None] + eps
+    matrix = matrix / (gl.sum(matrix, 1) + eps)[:, None, :]
+    for _ in range(ITERATIONS - 1):
+        matrix = matrix / (gl.sum(matrix, 2) + eps)[:, :, None]
+        matrix = matrix / (gl.sum(matrix, 1) + eps)[:, None, :]
+    return matrix
+
+
+@gluon.jit
+def form_mappings(
+    queue, queue_full, queue_empty, shares_ptr, scale_ptr, base_ptr, m_ptr, post_ptr, comb_ptr,
+    tokens, tiles, eps,
+    N: gl.constexpr, T: gl.constexpr, G: gl.constexpr, COUNT: gl.constexpr,
+    ITERATIONS: gl.constexpr,
+):  # fmt: skip
+    """post and comb of the tiles whose mappings are this block's to do."""
+    if COUNT > N:  # the head has none
+        square: gl.constexpr = gl.BlockedLayout([1, 1, 4], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+        flat: gl.constexpr = gl.SliceLayout(2, square)
+        vector: gl.constexpr = gl.SliceLayout(1, flat)
+        queue_tile, queue_r = queue
+        scale_post = gl.load(scale_ptr + 1)
+        scale_comb = gl.load(scale_ptr + 2)
+        in_tile = gl.arange(0, T, layout=vector)
+        i = gl.arange(0, N, layout=gl.SliceLayout(0, flat))
+        j = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, square)))
+        ij = i[None, :][:, :, None] * N + j[None, :][:, None, :]
+        base_post = gl.load(base_ptr + N + i)
+        base_comb = gl.load(base_ptr + 2 * N + ij)
+        k = gl.to_tensor(0)
+        mbarrier.wait(queue_full.index(0), 0)
+        tile = read_tile(queue_tile, 0, 1)
+        while tile < tiles:
+            slot = k % 2
+            r = queue_r.index(slot).load(vector)
+            gl.thread_barrier()
+            arrive(queue_empty.index(slot))
+            rows = tile.to(gl.int64) * T + in_tile
+            share_ptr = shares_ptr + tile.to(gl.int64) * (G * ROWS * T)
+            at_post = share_ptr + (N + i)[None, :] * T + in_tile[:, None]
+            at_comb = share_ptr + (2 * N + ij) * T + in_tile[:, None][:, :, None]
+            post = gl.zeros((T, N), gl.float32, layout=flat)
+            comb = gl.zeros((T, N, N), gl.float32, layout=square)
+            for g in range(G):
+                post += gl.load(at_post + g * (ROWS * T), cache_modifier=".cg")
+                comb += gl.load(at_comb + g * (ROWS * T), cache_modifier=".cg")
+            post = r[:, None] * post
+            comb = r[:, None][:, :, None] * comb
+            valid = (rows < tokens)[:, None]
+            wide = valid[:, :, None] & (ij >= 0)
+            valid = valid & (i >= 0)[None, :]
+            gl.store(m_ptr + rows[:, None] * COUNT + (N + i)[None, :], post, mask=valid)
+            gl.store(m_ptr + rows[:, None][:, :, None] * COUNT + 2 * N + ij, comb, mask=wide)
+            post = 2 * (1 / (1 + gl.exp(-(post * scale_post + base_post[None, :]))))
+            gl.store(post_ptr + rows[:, None] * N + i[None, :], post, mask=valid)
+            comb = sinkhorn(comb * scale_comb + base_comb, eps, ITERATIONS)
+            gl.store(comb_ptr + rows[:, None][:, :, None] * (N * N) + ij, comb, mask=wide)
+            k += 1
+            mbarrier.wait(queue_full.index(k % 2), (k // 2) & 1)
+            tile = read_tile(queue_tile, k % 2, 1)

@@ -1,0 +1,78 @@
+"""Compiles post_pre_hopper_kernel for sm_90 without a GPU; prints what ptxas says of each, in JSON:
+
+TRITON_INTERPRET=0 python tests/kernels/compile_hopper.py "tokens, C, rows of fn, merge" ...
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+
+class Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+driver.set_active(Hopper())
+
+from megatron_mhc.kernels import launch_post_pre_hopper as launch  # noqa: E402
+
+
+def figures(compiled) -> dict:
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        command = [ptxas, "-v", "-arch=sm_90a", source, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+class CompileOnly:
+    """A Launch that compiles."""
+
+    def __init__(self, kernel, grid, numbers, tiles, **options) -> None:
+        self._kernel, self._grid, self._numbers, self._tiles = kernel, grid, numbers, tiles
+        self._options = options
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        described = [tile.of(tensor) for tile, tensor in zip(self._tiles, tensors)]
+        plain = [MockTensor(tensor.dtype) for tensor in tensors[len(described) :]]
+        arguments = (*described, *plain, *self._numbers)
+        compiled = self._kernel.run(*arguments, grid=self._grid, warmup=True, **self._options)
+        print(json.dumps(figures(compiled)))
+
+
+launch.Launch = CompileOnly
+launch.multiprocessors = lambda device: 132
+for case in sys.argv[1:]:
+    tokens, channels, count, merge = map(int, case.split(","))
+    x = torch.empty(tokens, 4, channels, dtype=torch.bfloat16)
+    f, post, comb = x[:, 0].contiguous(), torch.empty(tokens, 4), torch.empty(tokens, 4, 4)
+    mapping = torch.empty(count, 4 * channels), torch.empty(3), torch.empty(count)
+    launch.post_pre_hopper(x, (f, post, comb) if merge else None, mapping, 20, 1e-6, 1e-6)

@@ -1,0 +1,93 @@
+"""Who takes the single pass, and what it compiles to; its results are tested in tests/gpu."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+
+from megatron_mhc.kernels import launch, launch_post_pre_hopper
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "channels", "pays"),
+    [(132, 256, True), (132, 1280, True), (132, 2560, True), (132, 4096, True)]
+    # Groups of 28 and 18 blocks; mostly padding; two blocks for 264 channels.
+    + [(132, 7168, False), (132, 4608, False), (132, 64, False), (132, 264, False)]
+    # 78 multiprocessors: four groups of 16 leave 14 idle, seven of 10 leave 8.
+    + [(78, 4096, False), (78, 2560, True), (8, 4096, False)],
+)
+def test_the_single_pass_is_taken_where_it_pays(monkeypatch, multiprocessors, channels, pays):
+    count = lambda device: multiprocessors  # noqa: E731
+    monkeypatch.setattr(launch_post_pre_hopper, "multiprocessors", count)
+    assert launch_post_pre_hopper.pays(channels, torch.device("cuda:0")) is pays
+
+
+def noting(function, calls):
+    def noted(*arguments):
+        calls.append(function.__name__)
+        return function(*arguments)
+
+    return noted
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_forward_calls_it_with_a_mapping_and_tokens(monkeypatch, served):
+    calls = []
+    monkeypatch.setattr(launch, "serves_hopper", lambda x, n: served)
+    for name in ("forward_plan", "split_weight"):
+        monkeypatch.setattr(launch, name, noting(getattr(launch, name), calls))
+    monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda channels, device: channels == 256)
+    single = lambda *_: calls.append("one")  # noqa: E731
+    monkeypatch.setattr(launch_post_pre_hopper, "post_pre_hopper", single)
+    mapping = torch.zeros(24, 4 * 256), torch.ones(3), torch.zeros(24)
+    x = torch.zeros(2, 4, 256, dtype=torch.bfloat16)
+    merge = x[:, 0].contiguous(), torch.ones(2, 4), torch.ones(2, 4, 4)
+    launch.forward(x, merge, mapping, 20)
+    launch.forward(x, None, mapping, 20)
+    assert calls == (["one"] * 2 if served else ["forward_plan", "split_weight"] * 2)
+    calls.clear()
+    launch.forward(x, merge, None)
+    wide = torch.zeros(2, 4, 8, dtype=torch.bfloat16)
+    launch.forward(wide, None, (torch.zeros(24, 32), *mapping[1:]), 20)
+    launch.forward(x[:0], None, mapping, 20)
+    assert "one" not in calls
+
+
+def test_a_state_for_every_launch(monkeypatch):
+    """Launches on several streams run at once: none may count in another's."""
+    states = []
+    launched = lambda *_, **__: lambda *tensors: states.append(tensors[-1])  # noqa: E731
+    monkeypatch.setattr(launch_post_pre_hopper, "Launch", launched)
+    launch_post_pre_hopper.plan_of.cache_clear()
+    x = torch.zeros(40, 4, 256, dtype=torch.bfloat16)
+    mapping = torch.zeros(24, 4 * 256), torch.ones(3), torch.zeros(24)
+    for _ in range(2):
+        launch_post_pre_hopper.post_pre_hopper(x, None, mapping, 20, 1e-6, 1e-6)
+    assert states[0].dtype == torch.int32
+    assert not states[0].any()
+    assert states[0].data_ptr() != states[1].data_ptr()
+    launch_post_pre_hopper.plan_of.cache_clear()
+
+
+def test_compiled_for_hopper_it_fits():
+    """The registers and the shared memory of a multiprocessor, and next to no spills."""
+    cases = ["8192,4096,24,1", "17,200,24,1", "64,4096,24,0", "64,4096,4,1", "64,4096,4,0"]
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compile_hopper.py"), *cases],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    for line in run.stdout.splitlines():
+        found = json.loads(line)
+        assert found["registers"] * 32 * found["warps"] <= 65536
+        assert found["spilled"] <= 32
+        assert found["shared"] <= 227 * 1024
+    assert len(run.stdout.splitlines()) == len(cases)
