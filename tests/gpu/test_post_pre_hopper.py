@@ -131,7 +131,7 @@ def test_nan_stays_with_its_token():
 
 @pytest.mark.parametrize("tokens", [0, 1, 35])
 def test_no_tokens_and_any_strides(tokens):
-    """Through the operator, forward and backward."""
+    """Through the operator."""
     arguments = streams_inputs((tokens,), 4, 512, torch.bfloat16, device="cuda")
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in arguments]
     strided = [t.repeat_interleave(2, dim=0)[::2] for t in arguments]
