@@ -39,14 +39,19 @@ def make_tracks(
     """
     on_gpus = torch.distributed.get_backend(pp_group) == "nccl"
     if wanted == "copy" or (wanted == "auto" and on_gpus):
+        tracks = why = None
         try:
-            return _copies(pp_group, chunks, group, boundary)
-        except (RuntimeError, OSError) as why:
-            if wanted == "copy":
-                raise TransportRefused(
-                    f"--mhc-pipeline-transport copy: {why}; use auto or nccl"
-                ) from why
-            _say(f"mHC pipeline: transfers go over NCCL, not by copy engines: {why}")
+            tracks = _copies(pp_group, chunks, group, boundary)
+        except (RuntimeError, OSError) as error:
+            why = str(error)
+        # All pipelines or none: NCCL's groups are made by all ranks of the job together.
+        why = next(filter(None, _gather(why)), None)
+        if why is None:
+            _say(f"mHC pipeline: transfers are {tracks.said}")
+            return tracks
+        if wanted == "copy":
+            raise TransportRefused(f"--mhc-pipeline-transport copy: {why}; use auto or nccl")
+        _say(f"mHC pipeline: transfers go over NCCL, not by copy engines: {why}")
     if on_gpus:
         return _fewest_sms(pp_group, wraps=chunks > 1)
     return Tracks(pp_group, wraps=chunks > 1)
@@ -78,9 +83,7 @@ def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTr
         why = "stages are not on GPUs"
     elif os.environ.get("NCCL_P2P_DISABLE") == "1":
         why = "NCCL_P2P_DISABLE=1"
-    everywhere: list = [None] * pp_group.size()
-    mine = (why, _THIS_BOOT.read_text().strip())
-    torch.distributed.all_gather_object(everywhere, mine, group=pp_group)
+    everywhere = _gather((why, _THIS_BOOT.read_text().strip()), pp_group)
     reasons = [reason for reason, _ in everywhere if reason]
     if reasons:
         raise RuntimeError(reasons[0])
@@ -90,9 +93,14 @@ def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTr
     from .copy_engine import CopyEngine
 
     streams = (boundary.stream,)
-    tracks = CopyTracks(pp_group, CopyEngine(), chunks, group, streams)
-    _say(f"mHC pipeline: transfers are {tracks.said}")
-    return tracks
+    return CopyTracks(pp_group, CopyEngine(), chunks, group, streams)
+
+
+def _gather(value: object, group: ProcessGroup | None = None) -> list:
+    """``value`` of every rank of a group, None: of the job."""
+    values: list = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def _say(line: str) -> None:

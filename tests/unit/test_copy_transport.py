@@ -116,9 +116,10 @@ def test_slots_are_those_that_the_schedule_fills(parts):
 def test_stages_that_are_not_on_gpus_cannot_copy(parts, wanted, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
 
-    def gather(values, mine, group):
+    def gather(values, mine, group=None):
         values[:] = [mine, mine]
 
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(parts.transport, "Tracks", lambda group, wraps: "tracks")
     group = SimpleNamespace(size=lambda: 2)
@@ -140,9 +141,10 @@ def test_stages_that_cannot_reach_each_other_say_why(
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
 
-    def gather(values, mine, group):
-        values[:] = [(mine[0], host) for host in hosts]
+    def gather(values, mine, group=None):
+        values[:] = [mine] * 2 if group is None else [(mine[0], host) for host in hosts]
 
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(parts.transport, "_fewest_sms", lambda group, wraps: "tracks")
     group = SimpleNamespace(size=lambda: 2)
@@ -150,6 +152,23 @@ def test_stages_that_cannot_reach_each_other_say_why(
     said = capsys.readouterr().out
     assert "transfers go over NCCL, not by copy engines" in said
     assert why in said
+
+
+def test_one_pipeline_that_cannot_copy_decides_for_all(parts, monkeypatch, capsys):
+    """Else some ranks would wait for the others to make NCCL's groups."""
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+
+    def gather(values, mine, group=None):
+        assert mine is None, "this pipeline can"
+        values[:] = [mine, "another cannot"]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(parts.transport, "_copies", lambda *_: SimpleNamespace(said="copies"))
+    monkeypatch.setattr(parts.transport, "_fewest_sms", lambda group, wraps: "tracks")
+    assert parts.transport.make_tracks("group", "auto", 2, 0, None) == "tracks"
+    assert "another cannot" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("few", "chosen"), [(36.8, 2), (30.0, None)])
