@@ -57,7 +57,7 @@ class CopyTracks:
         chunks: int = 1,
         group: int = 0,
         streams: tuple = (),
-        seconds: float = 600.0,
+        seconds: float = 600,
     ) -> None:
         self.pp_group = pp_group
         self.engine = engine

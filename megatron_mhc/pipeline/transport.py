@@ -92,8 +92,9 @@ def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTr
     # Needs CUDA's driver, which a machine without a GPU does not have.
     from .copy_engine import CopyEngine
 
-    streams = (boundary.stream,)
-    return CopyTracks(pp_group, CopyEngine(), chunks, group, streams)
+    engine, streams = CopyEngine(), (boundary.stream,)
+    timeout = pp_group._get_backend(engine.device).options._timeout  # NCCL's
+    return CopyTracks(pp_group, engine, chunks, group, streams, timeout.total_seconds())
 
 
 def _gather(value: object, group: ProcessGroup | None = None) -> list:
