@@ -84,6 +84,7 @@ class MappingPlan(NamedTuple):
 def mapping_plan(
     tokens: int, n: int, channels: int, count: int, merges: bool, iterations: int, eps: float
 ) -> MappingPlan:
+    """For tokens, and ``count`` mappings of each."""
     rows = padded_rows(count)
     width = rows + padded_rows(n * n + 2 * n + 2)
     options = walk("aggregate_backward", channels)
@@ -158,6 +159,7 @@ def streams_plan(
     merges: bool,
     has_dx: bool,
 ) -> StreamsPlan:
+    """For tokens, ``count`` mappings of each or none, and numbers [T, ``width``]."""
     options = config("streams" if count else "post_streams", n, dtype, device)
     chunks = cdiv(channels, options["BLOCK_C"])
     ranges, size = 1, 0
@@ -240,6 +242,7 @@ class HopperPlan(NamedTuple):
 
 @lru_cache(PLANS)
 def hopper_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
+    """For at least one token."""
     from . import streams_backward_hopper_kernel as hopper_kernel
 
     block_t, block_c = hopper_kernel.BLOCK_T, hopper_kernel.BLOCK_C

@@ -65,7 +65,7 @@ class MHCTransformerBlock(TransformerBlock):
         """Recompute nothing from layer ``first`` of this stage on.
 
         The backward pass of a pipeline's last stage follows its forward pass at once: what was
-        dropped would be formed again at once, and its first block is held by one pass at a time.
+        dropped would be formed again at once, and one pass at a time holds this block.
         """
         connections = [
             connection

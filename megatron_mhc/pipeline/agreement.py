@@ -1,4 +1,4 @@
-"""Neighbouring stages agree on what they exchange before anything is sent."""
+"""What stages tell each other before anything is sent, and that they agree on it."""
 
 import torch
 from torch.distributed import ProcessGroup
@@ -12,6 +12,13 @@ class StageMismatch(UserError):
     every_rank = True
 
 
+def gather(value: object, group: ProcessGroup | None = None) -> list:
+    """``value`` of every rank of ``group``, None: of the job; a collective of them."""
+    values: list = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
 def agree(pp_group: ProcessGroup, **facts: object) -> None:
     """Compare what every stage is going to send; a collective of ``pp_group``.
 
@@ -21,9 +28,7 @@ def agree(pp_group: ProcessGroup, **facts: object) -> None:
     Raises:
         StageMismatch: on every rank of the group; names two neighbours and what differs.
     """
-    stages: list = [None] * pp_group.size()
-    mine = (torch.distributed.get_rank(), facts)
-    torch.distributed.all_gather_object(stages, mine, group=pp_group)
+    stages = gather((torch.distributed.get_rank(), facts), pp_group)
     for (rank, here), (next_rank, there) in zip(stages, stages[1:]):
         different = [name for name in here if here[name] != there.get(name)]
         if different:

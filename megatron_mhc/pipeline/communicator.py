@@ -11,7 +11,7 @@ from .copy_tracks import CopyTracks
 from .outbox import Outbox
 from .replays import ReplayedBefore
 from .tracks import Tracks
-from .transport import make_tracks
+from .transport import TRANSPORTS, make_tracks
 
 
 class PipelineCommunicator(P2PCommunicator):
@@ -30,7 +30,8 @@ class PipelineCommunicator(P2PCommunicator):
             False: a batch of sends and receives can only be waited for as a whole.
         num_streams: n; 1 for a plain model.
         boundary: where sends are issued from (:mod:`.boundary`); the blocks' specs take the same.
-        tracks: what a boundary sends over; None makes those of ``transport`` (:mod:`.transport`).
+        tracks: what a boundary sends over; None makes those of ``transport``.
+        transport: "auto", "copy" or "nccl" (:mod:`.transport`).
 
     Raises:
         ValueError: a setting under which boundaries would be waited for, or cross.
@@ -51,6 +52,8 @@ class PipelineCommunicator(P2PCommunicator):
         self.num_streams = num_streams
         self.boundary = boundary
         self._outbox = Outbox()
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport={transport!r}: expected one of {', '.join(TRANSPORTS)}")
         self._check_config()
         agree(
             pp_group,

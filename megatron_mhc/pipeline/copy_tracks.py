@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .agreement import gather
 from .inbox import Inbox, Outlet
 from .schedule_model import messages_held
 from .tracks import KIND, neighbour_place
@@ -93,7 +94,7 @@ class CopyTracks:
                     addresses[name] = ends[name].address
         except (RuntimeError, OSError) as error:
             problem = error
-        everywhere = self._gather((problem, addresses))
+        everywhere = gather((problem, addresses), self.pp_group)
         if not any(error for error, _ in everywhere):
             try:
                 for name, inbox in (
@@ -105,18 +106,13 @@ class CopyTracks:
                         ends[name] = Outlet(self.engine, theirs[inbox], KIND[name], self._seconds)
             except (RuntimeError, OSError) as error:
                 problem = error
-        problems = [error for error, _ in self._gather((problem, None)) if error]
+        problems = [error for error, _ in gather((problem, None), self.pp_group) if error]
         for end in ends.values():
             if isinstance(end, Inbox):
                 end.close_file()
         if problems:
             raise problems[0]
         return ends
-
-    def _gather(self, value: object) -> list:
-        values: list = [None] * self.pp_group.size()
-        torch.distributed.all_gather_object(values, value, group=self.pp_group)
-        return values
 
     def send(self, name: str, tensor: Tensor):
         """Start to send; ``name`` is tensor_send_next or tensor_send_prev."""

@@ -104,13 +104,18 @@ class Inbox:
         self._streams = streams
         self._seconds = seconds
         self._memory = engine.allocate(slots * size + max(ALIGNMENT, WORD * slots))
-        file, path = tempfile.mkstemp(prefix="megatron-mhc-", dir=FOLDER)
         handle = engine.share(self._memory)
+        file, path = tempfile.mkstemp(prefix="megatron-mhc-", dir=FOLDER)
         self.address = Address(handle, path, slots, size, len(streams) + 1)
-        os.ftruncate(file, self.address.file_bytes)
-        self._file = mmap.mmap(file, self.address.file_bytes)
-        os.close(file)
-        self._words = engine.map_words(self._file)
+        try:
+            os.ftruncate(file, self.address.file_bytes)
+            self._file = mmap.mmap(file, self.address.file_bytes)
+            self._words = engine.map_words(self._file)
+        except (RuntimeError, OSError):
+            self.close_file()
+            raise
+        finally:
+            os.close(file)
         self._letters = memoryview(self._file)[: self.address.released].cast("Q")
         self._received = 0
         self._filled = [0] * slots

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from .agreement import gather
+
 KIND = {
     "tensor_send_next": "activation",
     "recv_prev": "activation",
@@ -53,8 +55,7 @@ class Tracks:
     def _make_groups(self) -> dict[tuple[str, int], ProcessGroup]:
         """By kind and parity of the sending stage, the group of this rank's pipeline."""
         mine = torch.distributed.get_process_group_ranks(self.pp_group)
-        pipelines: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(pipelines, tuple(mine))
+        pipelines = gather(tuple(mine))
         groups = {}
         # A process group is made by all ranks of the job, also by those that are not in it.
         for ranks in sorted(set(pipelines)):
@@ -122,7 +123,10 @@ class Tracks:
         return tensor, torch.distributed.irecv(tensor, self._neighbour(name), group=group)
 
     def speed(self) -> float:
-        """GB/s from each stage to the next, all at once and measured now: the slowest."""
+        """GB/s from each stage to the next, all at once and measured now: the slowest.
+
+        A collective of ``pp_group``.
+        """
         message = torch.empty(MESSAGE, dtype=torch.uint8, device=torch.cuda.current_device())
         seconds = torch.zeros(1, device=message.device)
         for _warm in (False, True):

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_mhc.errors import UserError
 
+from .agreement import gather
 from .copy_tracks import CopyTracks
 from .tracks import Tracks
 
@@ -45,7 +46,7 @@ def make_tracks(
         except (RuntimeError, OSError) as error:
             why = str(error)
         # All pipelines or none: NCCL's groups are made by all ranks of the job together.
-        why = next(filter(None, _gather(why)), None)
+        why = next(filter(None, gather(why)), None)
         if why is None:
             _say(f"mHC pipeline: transfers are {tracks.said}")
             return tracks
@@ -83,7 +84,7 @@ def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTr
         why = "stages are not on GPUs"
     elif os.environ.get("NCCL_P2P_DISABLE") == "1":
         why = "NCCL_P2P_DISABLE=1"
-    everywhere = _gather((why, _THIS_BOOT.read_text().strip()), pp_group)
+    everywhere = gather((why, _THIS_BOOT.read_text().strip()), pp_group)
     reasons = [reason for reason, _ in everywhere if reason]
     if reasons:
         raise RuntimeError(reasons[0])
@@ -95,13 +96,6 @@ def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTr
     engine, streams = CopyEngine(), (boundary.stream,)
     timeout = pp_group._get_backend(engine.device).options._timeout  # NCCL's
     return CopyTracks(pp_group, engine, chunks, group, streams, timeout.total_seconds())
-
-
-def _gather(value: object, group: ProcessGroup | None = None) -> list:
-    """``value`` of every rank of a group, None: of the job."""
-    values: list = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(values, value, group=group)
-    return values
 
 
 def _say(line: str) -> None:

@@ -101,7 +101,8 @@ class Start:
 
     Attributes:
         stages: their number.
-        everywhere: settings of all ranks; of TransformerConfig, "num_streams" or "overlap".
+        everywhere: settings of all ranks; of TransformerConfig, "num_streams", "overlap" or
+            "transport".
         of_rank: settings of single ranks.
     """
 
@@ -124,5 +125,6 @@ STARTS = {
         },
     ),
     "variable": Start(everywhere={"variable_seq_lengths": True}),
+    "transport": Start(everywhere={"transport": "pigeon"}),
     "ring": Start(everywhere={"use_ring_exchange_p2p": True}),
 }

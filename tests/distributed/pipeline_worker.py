@@ -142,12 +142,13 @@ def run_start(start: Start) -> dict:
     mine = {**start.everywhere, **start.of_rank.get(torch.distributed.get_rank(), {})}
     streams = mine.pop("num_streams", STREAMS)
     boundary = send_boundary() if mine.pop("overlap", "post") == "post" else None
+    transport = mine.pop("transport", "auto")
     config = transformer_config(Pipeline(pp=start.stages))
     for name, value in mine.items():
         setattr(config, name, value)
     group = parallel_state.get_pipeline_model_parallel_group()
     try:
-        PipelineCommunicator(group, config, streams, boundary)
+        PipelineCommunicator(group, config, streams, boundary, transport=transport)
     except ValueError as refusal:
         return {"kind": type(refusal).__name__, "message": str(refusal)}
     return {"kind": "none", "message": ""}

@@ -136,6 +136,7 @@ def test_a_neighbour_of_other_width_is_named_on_every_rank(results, name, messag
         ("batched", "batch_p2p_comm=True: sends without waiting need single operations; set it to"),
         ("crossing", "batch_p2p_comm=True with 2 stages of several chunks: megatron-core 0.19.2"),
         ("variable", "variable_seq_lengths=True: mHC boundaries need a fixed length"),
+        ("transport", "transport='pigeon': expected one of auto, copy, nccl"),
         ("ring", "use_ring_exchange_p2p=True: not supported with mHC; set it to False"),
     ],
 )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.language.extra.cuda import globaltimer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
@@ -12,21 +14,20 @@ from kernel_checks import OPTIONS, pooled_error, streams_inputs
 
 from megatron_mhc import kernels
 from megatron_mhc.kernels import launch, reference
+from megatron_mhc.kernels.launch_post_pre_hopper import post_pre_hopper
 from megatron_mhc.kernels.launch_replay import launch_replay
 
-if torch.cuda.is_available():
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("not a Hopper GPU", allow_module_level=True)
-    import triton
-    from triton.language.extra.cuda import globaltimer
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="needs a Hopper GPU",
+)
 
-    from megatron_mhc.kernels.launch_post_pre_hopper import post_pre_hopper
 
-    @triton.jit
-    def hold_kernel(nanoseconds):
-        begin = globaltimer()
-        while globaltimer() - begin < nanoseconds:
-            pass
+@triton.jit
+def hold_kernel(nanoseconds):
+    begin = globaltimer()
+    while globaltimer() - begin < nanoseconds:
+        pass
 
 
 NUMBERS = (20, 1e-6, 1e-6)

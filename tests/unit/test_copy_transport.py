@@ -101,6 +101,23 @@ def test_a_message_that_does_not_fit_is_refused(ends):
         outlet.send(torch.zeros(4, 6).T)
 
 
+def test_an_inbox_that_cannot_be_made_leaves_no_file(parts, monkeypatch, tmp_path):
+    class Unmapped(HostEngine):
+        def allocate(self, count):
+            return 0
+
+        def share(self, address):
+            return b""
+
+        def map_words(self, words):
+            raise RuntimeError("cuMemHostRegister: CUDA_ERROR_OPERATING_SYSTEM")
+
+    monkeypatch.setattr(parts.inbox, "FOLDER", tmp_path)
+    with pytest.raises(RuntimeError, match="cuMemHostRegister"):
+        parts.inbox.Inbox(Unmapped(), 2, BYTES, (), seconds=0.05)
+    assert not list(tmp_path.iterdir())
+
+
 def test_slots_are_those_that_the_schedule_fills(parts):
     held = parts.schedule_model.messages_held
     # 1F1B: the last stage holds the activation it works on and one that has come.
