@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .hopper import aligned
 from .launch import PLANS, cdiv, multiprocessors, sizes
-from .post_pre_hopper_groups import MAIL
+from .post_pre_hopper_groups import MAIL, UNSET
 from .post_pre_hopper_kernel import (
     COMB_TILE,
     NUM_WARPS,
@@ -18,28 +18,30 @@ from .post_pre_hopper_kernel import (
     TILE,
     post_pre_hopper_kernel,
 )
-from .post_pre_hopper_mappings import ROWS
+from .post_pre_hopper_mappings import QUICK, ROWS
 from .run_kernel import Launch, Tiles
 
 BLOCK_C = 256
 # Tokens of a tile and depths of the rings, with a merge and without.
-POST_PRE = {"T": 16, "RX": 2, "RK": 4, "RS": 1}
-PRE = {"T": 8, "RX": 12, "RK": 12, "RS": 2}
-# Blocks of a group at most. A tile waits for its slowest block: with 28 (7168 channels) the two
-# kernels that serve every GPU took 240 us, this one 339.
-LARGEST_GROUP = 16
+POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
+PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
+# Blocks of a group that pay, with a merge and without. A tile waits for its slowest block, so wide
+# groups lose: at 8192 channels with a merge (32 blocks), and at 7168 without (28), the two kernels
+# that serve every GPU are faster. At 512 (2 blocks) they are too.
+GROUPS = {True: range(5, 29), False: range(5, 25)}
 # Share of all multiprocessors' channels that must be channels of X: a tile takes as long where many
-# are padding. At 8192 x 4096 it was 0.97, in 217 us against 268: they break even near 0.8.
-LEAST_SHARE = 7 / 8
+# are padding. At 7168 it is 0.85, in 226 us against 236; at 4096 0.97, in 203 against 263.
+LEAST_SHARE = 5 / 6
 # Tiles that a group draws at once; drawing single ones is slower.
 CHUNK = 4
 
 
-def pays(channels: int, device: torch.device) -> bool:
+def pays(channels: int, device: torch.device, merges: bool) -> bool:
     """Whether one pass over X is faster than the two kernels for every GPU."""
     size = cdiv(channels, BLOCK_C)
     slots = multiprocessors(device)
-    return size <= LARGEST_GROUP and slots // size * channels >= LEAST_SHARE * slots * BLOCK_C
+    fills = slots // size * channels >= LEAST_SHARE * slots * BLOCK_C
+    return size in GROUPS[merges] and fills
 
 
 class Plan(NamedTuple):
@@ -94,7 +96,8 @@ def plan_of(
         REGISTERS=REGISTERS,
         num_warps=NUM_WARPS,
     )
-    return Plan(launch, tiles, size, block_t, MAIL.value + groups * mails + tiles)
+    words = tiles * size * QUICK.value * block_t + MAIL.value + groups * mails + tiles
+    return Plan(launch, tiles, size, block_t, words)
 
 
 def post_pre_hopper(
@@ -117,7 +120,7 @@ def post_pre_hopper(
     post_next, comb_next = fn.new_empty(*kept, n), fn.new_empty(*kept, n, n)
     shares = fn.new_empty(plan.tiles, plan.size, ROWS.value, plan.block_t)
     # Of this launch alone: launches on several streams run at once.
-    state = fn.new_zeros(plan.words, dtype=torch.int32)
+    state = fn.new_full((plan.words,), UNSET.value, dtype=torch.int32)
     x = aligned(x)
     x_next, sources = None, (x,) * 5
     if merge:

@@ -8,7 +8,8 @@ the X' that it kept, while its other warps are tiles ahead. bfloat16 streams, n 
 
 Warps: 8 merge and multiply (post_pre_hopper_merge.py); 4 aggregate; one each stores X' and shares,
 loads, forms pre, and forms post and comb (post_pre_hopper_mappings.py). What goes from one to the
-next lies in rings: X and f RX tiles deep, X' and pre RK, sums of the merging warps RS.
+next lies in rings: X, in whose place comes X', and pre RX tiles deep, f RF, sums of the merging
+warps RS.
 """
 
 from triton.experimental import gluon
@@ -24,12 +25,14 @@ from .post_pre_hopper_groups import (
     MAIL,
     TICKET,
     TILE_NUMBERS,
+    count_up,
     draw,
+    put,
     read_tile,
     receive,
     write_tile,
 )
-from .post_pre_hopper_mappings import ROWS, form_mappings, form_pre
+from .post_pre_hopper_mappings import QUICK, ROWS, form_mappings, form_pre
 from .post_pre_hopper_merge import merge_tiles
 
 NUM_WARPS = 8
@@ -39,14 +42,14 @@ POST_TILE = gl.NVMMASharedLayout(0, 32, rank=2)
 COMB_TILE = gl.NVMMASharedLayout(64, 32, rank=2)
 # Registers of a thread of the aggregating, storing, pre-forming, loading and mapping warps; the
 # merging ones get the rest.
-REGISTERS = (72, 56, 56, 40, 56)
+REGISTERS = (64, 48, 80, 40, 56)
 
 
 @gluon.jit
 def load_tiles(
-    sources, rings, full, empty, numbers, state_ptr, mail_ptr, tiles, chunk, rank,
-    N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr, G: gl.constexpr,
-    MERGE: gl.constexpr,
+    sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles, chunk, rank,
+    N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr, RF: gl.constexpr,
+    G: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: chunks of ``chunk`` tiles, drawn one ahead by the group's last block."""
     x, f, post, comb = sources
@@ -69,9 +72,11 @@ def load_tiles(
         t = tile * T
         tma.async_copy_global_to_shared(x, [t, 0, channel], bar, xs.index(slot))
         if MERGE:
-            tma.async_copy_global_to_shared(f, [t, channel], bar, fs.index(slot))
-            tma.async_copy_global_to_shared(comb, [t, 0], bar, combs.index(slot))
-            tma.async_copy_global_to_shared(post, [t, 0], bar, posts.index(slot))
+            f_slot = k % RF
+            mbarrier.wait(f_empty.index(f_slot), ((k // RF) & 1) ^ 1)
+            tma.async_copy_global_to_shared(f, [t, channel], bar, fs.index(f_slot))
+            tma.async_copy_global_to_shared(comb, [t, 0], bar, combs.index(f_slot))
+            tma.async_copy_global_to_shared(post, [t, 0], bar, posts.index(f_slot))
         if drawing & (k % chunk == 0):
             drawing = draw(state_ptr, mail_ptr, k // chunk + 1) < chunks
         k += 1
@@ -87,56 +92,61 @@ def load_tiles(
 
 @gluon.jit
 def store_tiles(
-    x_next, kept, sums, square_sums, kept_empty, sums_full, sums_empty, published, numbers,
-    shares_ptr, ready_ptr, tiles, rank,
-    T: gl.constexpr, B: gl.constexpr, W: gl.constexpr, RK: gl.constexpr, RS: gl.constexpr,
+    x_next, xs, sums, square_sums, empty, sums_full, sums_empty, published, numbers,
+    quick_ptr, shares_ptr, ready_ptr, tiles, rank,
+    T: gl.constexpr, B: gl.constexpr, W: gl.constexpr, RX: gl.constexpr, RS: gl.constexpr,
     G: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The storing warp: X' of a tile to memory; its products and squares, summed over the merging
-    warps, to shares [tiles, G, ROWS, T], and then one to the count ``ready`` of the tile's shares.
+    warps, to quick [tiles, G, QUICK, T] and shares [tiles, G, ROWS, T], and then one to the count
+    ``ready`` of the tile's shares.
     """
     GROUPS: gl.constexpr = (COUNT + 7) // 8
-    PARTS: gl.constexpr = B // 8
     wide: gl.constexpr = gl.BlockedLayout([W, 1, 2], [1, 8, 4], [1, 1, 1], [2, 1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([PARTS // 4, 1], [4, 8], [1, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([W // 4, 1], [4, 8], [1, 1], [1, 0])
     row = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(0, wide)))
     t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(0, wide)))
     in_share = row[:, None] * T + t[None, :]
-    in_squares = 24 * T + gl.arange(0, T, layout=gl.SliceLayout(0, flat))
+    in_squares = 4 * T + gl.arange(0, T, layout=gl.SliceLayout(0, flat))
+    quick = (row < 4)[:, None] & (t >= 0)[None, :]
     k = gl.to_tensor(0)
     mbarrier.wait(sums_full.index(0), 0)
     tile = read_tile(numbers, 0, 1)
     while tile < tiles:
         slot = k % RS
         if MERGE:
-            tma.async_copy_shared_to_global(x_next, [tile * T, 0, rank * B], kept.index(k % RK))
-        share_ptr = shares_ptr + (tile.to(gl.int64) * G + rank) * (ROWS * T)
-        for g in gl.static_range(GROUPS):
+            tma.async_copy_shared_to_global(x_next, [tile * T, 0, rank * B], xs.index(k % RX))
+        block = tile.to(gl.int64) * G + rank
+        share_ptr = shares_ptr + block * (ROWS * T)
+        block_ptr = quick_ptr + block * (QUICK * T)
+        total = gl.sum(sums[0].index(slot).load(wide), 0)
+        put(gl.where(quick, block_ptr + in_share, share_ptr + in_share), total)
+        put(block_ptr + in_squares, gl.sum(square_sums.index(slot).load(flat), 0))
+        for g in gl.static_range(1, GROUPS):
             total = gl.sum(sums[g].index(slot).load(wide), 0)
             gl.store(share_ptr + g * 8 * T + in_share, total)
-        square = gl.sum(square_sums.index(slot).load(flat), 0)
-        gl.store(share_ptr + in_squares, square)
         gl.thread_barrier()
         arrive(sums_empty.index(slot))
-        gl.atomic_add(ready_ptr + tile, 1, sem="release", scope="gpu")
-        arrive(published.index(k % RK))
+        arrive(published.index(k % RX))
+        if GROUPS > 1:
+            count_up(ready_ptr + tile, "release")
         if MERGE:
             # The copy before this one has read its X'.
             tma.store_wait(1)
             gl.thread_barrier()
-            mbarrier.expect(kept_empty.index((k + RK - 1) % RK), 0, pred=k > 0)
+            mbarrier.expect(empty.index((k + RX - 1) % RX), 0, pred=k > 0)
         k += 1
         mbarrier.wait(sums_full.index(k % RS), (k // RS) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, 1)
-    arrive(published.index(k % RK))
+    arrive(published.index(k % RX))
     if MERGE:
         tma.store_wait(0)
 
 
 @gluon.jit
 def aggregate_tiles(
-    kept, pre_ring, pre_full, kept_empty, numbers, u_ptr, tokens, tiles, rank,
-    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RK: gl.constexpr,
+    xs, pre_ring, pre_full, empty, numbers, u_ptr, tokens, tiles, rank,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """The aggregating warps: u of the X' that was kept, once its pre is there."""
@@ -155,20 +165,20 @@ def aggregate_tiles(
     mbarrier.wait(pre_full.index(0), 0)
     tile = read_tile(numbers, 0, num_warps)
     while tile < tiles:
-        slot = k % RK
+        slot = k % RX
         pre = columns(pre_ring.index(slot).permute((1, 0)).load(row4), N, N, T, token)
-        streams = separate(kept.index(slot).load(streams3), N, T, B, plain)
+        streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
         u = gl.zeros((T, B), gl.float32, layout=plain)
         for o in gl.static_range(N):
             weight, _ = gl.broadcast(pre[o][:, None], u)
             u = gl.fma(weight, streams[o].to(gl.float32), u)  # as in accumulate.py
         gl.thread_barrier()
-        arrive(kept_empty.index(slot))
+        arrive(empty.index(slot))
         rows = tile.to(gl.int64) * T + in_tile
         at = u_ptr + rows[:, None] * C + channel[None, :]
         gl.store(at, u.to(gl.bfloat16), mask=(rows < tokens)[:, None] & inside)
         k += 1
-        mbarrier.wait(pre_full.index(k % RK), (k // RK) & 1)
+        mbarrier.wait(pre_full.index(k % RX), (k // RX) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, num_warps)
 
 
@@ -177,18 +187,18 @@ def post_pre_hopper_kernel(
     x, f, post, comb, x_next, fn_ptr, scale_ptr, base_ptr, u_ptr, pre_ptr, m_ptr, r_ptr,
     post_ptr, comb_ptr, shares_ptr, state_ptr, tokens, mails, chunk, eps, norm_eps,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
-    RK: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, ITERATIONS: gl.constexpr,
+    RF: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, ITERATIONS: gl.constexpr,
     MERGE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """What merge_map_kernel and aggregate_kernel compute.
 
     x, x_next [tokens, N, C], f [tokens, C], post [tokens, N] and comb [tokens, N * N] are tensor
-    descriptors; without MERGE all are x, which is aggregated from the ring it was loaded into (RK =
-    RX). fn [COUNT, N * C]; writes u [tokens, C], pre [tokens, N], m [tokens, COUNT], r [tokens]
-    and, unless COUNT is N, post [tokens, N] and comb [tokens, N, N].
+    descriptors; without MERGE all are x. fn [COUNT, N * C]; writes u [tokens, C], pre [tokens, N],
+    m [tokens, COUNT], r [tokens] and, unless COUNT is N, post [tokens, N] and comb [tokens, N, N].
 
-    shares [tiles, G, ROWS, T] is scratch; state [MAIL + groups * mails + tiles] int32 must be zero,
-    with ``mails`` one more than there are chunks of ``chunk`` tiles. The grid is groups * G blocks.
+    shares [tiles, G, ROWS, T] is scratch; the int32 words of state must be UNSET: tiles * G * QUICK
+    * T quick shares, MAIL + groups * mails + tiles counts, with ``mails`` one more than there are
+    chunks of ``chunk`` tiles. The grid is groups * G blocks.
     """
     G: gl.constexpr = (C + B - 1) // B
     GROUPS: gl.constexpr = (COUNT + 7) // 8
@@ -197,64 +207,64 @@ def post_pre_hopper_kernel(
     flat1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     flat3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    ticket = gl.atomic_add(state_ptr + TICKET, 1, sem="relaxed", scope="gpu")
+    tiles = gl.cdiv(tokens, T)
+    quick_ptr = state_ptr.to(gl.pointer_type(gl.float32), bitcast=True)
+    state_ptr += tiles.to(gl.int64) * (G * QUICK * T)
+    ticket = count_up(state_ptr + TICKET, "relaxed")
     group = ticket // G
     rank = ticket % G
-    tiles = gl.cdiv(tokens, T)
     mail_ptr = state_ptr + MAIL + group * mails
     ready_ptr = state_ptr + MAIL + gl.num_programs(0) // G * mails
 
     xs = gl.allocate_shared_memory(gl.bfloat16, [RX, T, N, B], tile3)
     if MERGE:
-        kept = gl.allocate_shared_memory(gl.bfloat16, [RK, T, N, B], tile3)
-        fs = gl.allocate_shared_memory(gl.bfloat16, [RX, T, B], tile2)
-        posts = gl.allocate_shared_memory(gl.float32, [RX, T, N], post.layout)
-        combs = gl.allocate_shared_memory(gl.float32, [RX, T, N * N], comb.layout)
+        fs = gl.allocate_shared_memory(gl.bfloat16, [RF, T, B], tile2)
+        posts = gl.allocate_shared_memory(gl.float32, [RF, T, N], post.layout)
+        combs = gl.allocate_shared_memory(gl.float32, [RF, T, N * N], comb.layout)
         rings = (xs, fs, posts, combs)
         sources = (x, f, post, comb)
     else:
-        kept = xs
         rings = (xs, xs, xs, xs)
         sources = (x, x, x, x)
     # What shares an allocation the compiler keeps in order, by barriers.
     sums = ()
     for _ in gl.static_range(GROUPS):
         sums = sums + (gl.allocate_shared_memory(gl.float32, [RS, num_warps, 8, T], flat3),)
-    square_sums = gl.allocate_shared_memory(gl.float32, [RS, B // 8, T], flat2)
-    pre_ring = gl.allocate_shared_memory(gl.float32, [RK, N, T], flat2)
+    square_sums = gl.allocate_shared_memory(gl.float32, [RS, num_warps, T], flat2)
+    pre_ring = gl.allocate_shared_memory(gl.float32, [RX, N, T], flat2)
     numbers = gl.allocate_shared_memory(gl.int32, [TILE_NUMBERS, 1], flat1)
     queue_tile = gl.allocate_shared_memory(gl.int32, [2, 1], flat1)
     queue_r = gl.allocate_shared_memory(gl.float32, [2, T], flat1)
     full = make_barriers(RX, 1)
-    empty = make_barriers(RX, 1)
+    # X' is given back by the warp that stores it and by those that aggregate it.
+    empty = make_barriers(RX, 2 if MERGE else 1)
+    f_empty = make_barriers(RF, 1)
     sums_full = make_barriers(RS, 1)
     sums_empty = make_barriers(RS, 1)
-    published = make_barriers(RK, 1)
-    pre_full = make_barriers(RK, 1)
+    published = make_barriers(RX, 1)
+    pre_full = make_barriers(RX, 1)
     queue_full = make_barriers(2, 1)
     queue_empty = make_barriers(2, 1)
-    # X' is given back by the warp that stores it and by those that aggregate it.
-    kept_empty = make_barriers(RK, 2) if MERGE else empty
     fence_async_shared()
     gl.thread_barrier()
 
     queue = (queue_tile, queue_r)
     # fmt: off
     gl.warp_specialize([
-        (merge_tiles, (rings, kept, sums, square_sums, full, empty, kept_empty, sums_full,
-                       sums_empty, numbers, fn_ptr, tiles, rank, N, C, T, B, num_warps, RX, RK, RS,
-                       COUNT, MERGE)),
-        (aggregate_tiles, (kept, pre_ring, pre_full, kept_empty, numbers, u_ptr, tokens, tiles,
-                           rank, N, C, T, B, RK, 4)),
-        (store_tiles, (x_next, kept, sums, square_sums, kept_empty, sums_full, sums_empty,
-                       published, numbers, shares_ptr, ready_ptr, tiles, rank, T, B, num_warps, RK,
+        (merge_tiles, (rings, sums, square_sums, full, f_empty, sums_full, sums_empty, numbers,
+                       fn_ptr, tiles, rank, N, C, T, B, num_warps, RX, RF, RS, COUNT, MERGE)),
+        (aggregate_tiles, (xs, pre_ring, pre_full, empty, numbers, u_ptr, tokens, tiles, rank, N, C,
+                           T, B, RX, 4)),
+        (store_tiles, (x_next, xs, sums, square_sums, empty, sums_full, sums_empty, published,
+                       numbers, quick_ptr, shares_ptr, ready_ptr, tiles, rank, T, B, num_warps, RX,
                        RS, G, COUNT, MERGE)),
         (form_pre, (pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
-                    shares_ptr, ready_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens,
-                    tiles, rank, eps, norm_eps, N, C, T, RK, G, COUNT)),
-        (load_tiles, (sources, rings, full, empty, numbers, state_ptr, mail_ptr, tiles, chunk, rank,
-                      N, T, B, RX, G, MERGE)),
-        (form_mappings, (queue, queue_full, queue_empty, shares_ptr, scale_ptr, base_ptr, m_ptr,
-                         post_ptr, comb_ptr, tokens, tiles, eps, N, T, G, COUNT, ITERATIONS)),
+                    quick_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens, tiles, rank, eps,
+                    norm_eps, N, C, T, RX, G, COUNT)),
+        (load_tiles, (sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles,
+                      chunk, rank, N, T, B, RX, RF, G, MERGE)),
+        (form_mappings, (queue, queue_full, queue_empty, shares_ptr, ready_ptr, scale_ptr, base_ptr,
+                         m_ptr, post_ptr, comb_ptr, tokens, tiles, eps, N, T, G, COUNT,
+                         ITERATIONS)),
     ], [4, 1, 1, 1, 1], REGISTERS)
     # fmt: on

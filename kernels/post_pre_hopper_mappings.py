@@ -5,15 +5,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .hopper_parts import arrive
-from .post_pre_hopper_groups import TILE_NUMBERS, read_tile, wait_for, write_tile
+from .post_pre_hopper_groups import TILE_NUMBERS, UNSET, read_tile, wait_for, write_tile
 
-ROWS = gl.constexpr(32)  # of a block's share: 24 products, then one of squares
+# Rows of a block's share of a tile: four products and the squares, for which every block waits, and
+# the other products in rows 4 to 23.
+QUICK, ROWS = gl.constexpr(5), gl.constexpr(24)
 
 
 @gluon.jit
-def sum_shares(share_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
-    """Sums of the group's shares [G, ROWS, T] in a fixed order: of the first four rows, and of the
-    squares for each of them, both [4, T].
+def poll_shares(quick_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
+    """Sums of the group's quick shares [G, QUICK, T] in a fixed order, of the products for pre, and
+    of the squares for each of them, both [4, T]; and whether some are not there yet.
     """
     PART: gl.constexpr = 128 // T
     part = gl.arange(0, PART, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
@@ -24,27 +26,37 @@ def sum_shares(share_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr
     t = t[None, :][:, None, :]
     product = gl.zeros((4, T), gl.float32, layout=gl.SliceLayout(0, LAYOUT))
     square = product
+    largest = gl.zeros((PART, 4, T), gl.uint32, layout=LAYOUT)
+    at = quick_ptr + part * (QUICK * T) + t
+    product_at = at + row * T
+    square_at = at + 4 * T + 0 * row
     for first in gl.static_range(0, G, PART):
-        inside = first + part + 0 * row + 0 * t < G
-        at = share_ptr + (first + part) * (ROWS * T) + t
-        # Other blocks wrote them, so they must not come from this multiprocessor's cache.
-        values = gl.load(at + row * T, mask=inside, other=0.0, cache_modifier=".cg")
-        squares = gl.load(at + 24 * T + 0 * row, mask=inside, other=0.0, cache_modifier=".cg")
-        product += gl.sum(values, 0)
+        step = first * (QUICK * T)
+        if first + PART <= G:
+            products = gl.load(product_at + step, volatile=True)
+            squares = gl.load(square_at + step, volatile=True)
+        else:
+            inside = first + part + 0 * row + 0 * t < G
+            products = gl.load(product_at + step, mask=inside, other=0.0, volatile=True)
+            squares = gl.load(square_at + step, mask=inside, other=0.0, volatile=True)
+        largest = gl.maximum(largest, products.to(gl.uint32, bitcast=True))
+        largest = gl.maximum(largest, squares.to(gl.uint32, bitcast=True))
+        product += gl.sum(products, 0)
         square += gl.sum(squares, 0)
-    return product, square
+    return product, square, gl.max(gl.max(gl.max(largest, 0), 0), 0) == 0xFFFFFFFF  # UNSET
 
 
 @gluon.jit
 def form_pre(
     pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
-    shares_ptr, ready_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr,
+    quick_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr,
     tokens, tiles, rank, eps, norm_eps,
-    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, RK: gl.constexpr, G: gl.constexpr,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, RX: gl.constexpr, G: gl.constexpr,
     COUNT: gl.constexpr,
 ):  # fmt: skip
-    """pre of every tile of the group, as soon as all its shares are there. The rest of a tile's
-    mappings is for one block, in turn.
+    """pre of every tile of the group, as soon as all quick shares are there: they are polled
+    themselves, since a count of them takes a fence before it and a load after it. The rest of a
+    tile's mappings is for one block, in turn.
     """
     layout: gl.constexpr = gl.BlockedLayout(
         [16 // T, 1, 4], [32 // T, 4, T // 4], [1, 1, 1], [2, 1, 0]
@@ -61,10 +73,13 @@ def form_pre(
     mbarrier.wait(published.index(0), 0)
     tile = read_tile(numbers, 0, 1)
     while tile < tiles:
-        slot = k % RK
-        wait_for(ready_ptr + tile, G)
-        share_ptr = shares_ptr + tile.to(gl.int64) * (G * ROWS * T)
-        product, square = sum_shares(share_ptr, T, G, layout)
+        slot = k % RX
+        tile_ptr = quick_ptr + tile.to(gl.int64) * (G * QUICK * T)
+        product = gl.zeros((4, T), gl.float32, layout=two)
+        square = product
+        missing = gl.to_tensor(True)
+        while missing:
+            product, square, missing = poll_shares(tile_ptr, T, G, layout)
         r = gl.rsqrt(square / (N * C) + norm_eps)
         m = r * product
         pre = 1 / (1 + gl.exp(-(m * scale + base[:, None]))) + eps
@@ -87,9 +102,9 @@ def form_pre(
                 queued += 1
         turn = gl.where(turn == G - 1, 0, turn + 1)
         k += 1
-        mbarrier.wait(published.index(k % RK), (k // RK) & 1)
+        mbarrier.wait(published.index(k % RX), (k // RX) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, 1)
-    arrive(pre_full.index(k % RK))
+    arrive(pre_full.index(k % RX))
     if COUNT > N:
         mbarrier.wait(queue_empty.index(queued % 2), ((queued // 2) & 1) ^ 1)
         write_tile(queue_tile, queued % 2, tiles)
@@ -111,7 +126,8 @@ def sinkhorn(logits, eps, ITERATIONS: gl.constexpr):
 
 @gluon.jit
 def form_mappings(
-    queue, queue_full, queue_empty, shares_ptr, scale_ptr, base_ptr, m_ptr, post_ptr, comb_ptr,
+    queue, queue_full, queue_empty, shares_ptr, ready_ptr, scale_ptr, base_ptr, m_ptr, post_ptr,
+    comb_ptr,
     tokens, tiles, eps,
     N: gl.constexpr, T: gl.constexpr, G: gl.constexpr, COUNT: gl.constexpr,
     ITERATIONS: gl.constexpr,
@@ -138,6 +154,7 @@ def form_mappings(
             r = queue_r.index(slot).load(vector)
             gl.thread_barrier()
             arrive(queue_empty.index(slot))
+            wait_for(ready_ptr + tile, G + UNSET)
             rows = tile.to(gl.int64) * T + in_tile
             share_ptr = shares_ptr + tile.to(gl.int64) * (G * ROWS * T)
             at_post = share_ptr + (N + i)[None, :] * T + in_tile[:, None]
@@ -145,6 +162,7 @@ def form_mappings(
             post = gl.zeros((T, N), gl.float32, layout=flat)
             comb = gl.zeros((T, N, N), gl.float32, layout=square)
             for g in range(G):
+                # Other blocks wrote them: not from this multiprocessor's cache.
                 post += gl.load(at_post + g * (ROWS * T), cache_modifier=".cg")
                 comb += gl.load(at_comb + g * (ROWS * T), cache_modifier=".cg")
             post = r[:, None] * post

@@ -7,6 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper_parts import arrive, columns, separate, stack
 from .post_pre_hopper_groups import TILE_NUMBERS, read_tile
 
+PART = gl.constexpr(8)  # tokens of a tile that are merged at a time
+
 
 @gluon.jit
 def weights_of(
@@ -15,19 +17,19 @@ def weights_of(
     W: gl.constexpr,
 ):  # fmt: skip
     """fn's rows ROW to ROW + 7 as operand [W, 8 bf16 hi | 8 lo, 2 streams x channels of a warp]."""
-    PART: gl.constexpr = B // W
+    WIDE: gl.constexpr = B // W
     w = gl.arange(0, W, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None][:, :, None]
     row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :][:, :, None]
-    k = gl.arange(0, 2 * PART, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    k = gl.arange(0, 2 * WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     k = k[None, :][:, None, :]
-    channel = rank * B + w * PART + k % PART
-    at = (ROW + row) * (N * C) + (STREAM + k // PART) * C + channel
+    channel = rank * B + w * WIDE + k % WIDE
+    at = (ROW + row) * (N * C) + (STREAM + k // WIDE) * C + channel
     inside = (ROW + row < COUNT) & (channel < C)
     weight = gl.load(fn_ptr + at, mask=inside, other=0.0)
     hi = weight.to(gl.bfloat16)
     lo = (weight - hi.to(gl.float32)).to(gl.bfloat16)
     both = gl.permute(gl.join(hi, lo), (0, 3, 1, 2))
-    return gl.convert_layout(gl.reshape(both, (W, 16, 2 * PART)), OPERAND, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(both, (W, 16, 2 * WIDE)), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
@@ -35,21 +37,21 @@ def operand_of(
     first, second, T: gl.constexpr, B: gl.constexpr, OPERAND: gl.constexpr, W: gl.constexpr
 ):  # fmt: skip
     """Two streams [T, B] as operand [W, 2 streams x channels of a warp, T]."""
-    PART: gl.constexpr = B // W
-    both = gl.reshape(gl.join(first, second), (T, W, PART, 2))
+    WIDE: gl.constexpr = B // W
+    both = gl.reshape(gl.join(first, second), (T, W, WIDE, 2))
     both = gl.permute(both, (1, 3, 2, 0))
-    return gl.convert_layout(gl.reshape(both, (W, 2 * PART, T)), OPERAND, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(both, (W, 2 * WIDE, T)), OPERAND, assert_trivial=True)
 
 
 @gluon.jit
 def merge_tiles(
-    rings, kept, sums, square_sums, full, empty, kept_empty, sums_full, sums_empty, numbers,
-    fn_ptr, tiles, rank,
+    rings, sums, square_sums, full, f_empty, sums_full, sums_empty, numbers, fn_ptr, tiles, rank,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, W: gl.constexpr,
-    RX: gl.constexpr, RK: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
+    RX: gl.constexpr, RF: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The merging warps. Each multiplies its own 32 channels with fn, by the matrix units
     (mma.sync): a thread's 8 channels of a token are its elements of an operand as they stand.
+    PART tokens at a time: beside fn the registers do not hold more.
     """
     GROUPS: gl.constexpr = (COUNT + 7) // 8
     PAIRS: gl.constexpr = N // 2
@@ -81,56 +83,60 @@ def merge_tiles(
     tile = read_tile(numbers, 0, W)
     while tile < tiles:
         slot = k % RX
-        streams = separate(xs.index(slot).load(streams3), N, T, B, plain)
-        squares = gl.zeros((T, B), gl.float32, layout=plain)
-        if MERGE:
-            comb = columns(combs.index(slot).load(row16), N * N, N * N, T, token)
-            post = columns(posts.index(slot).load(row4), N, N, T, token)
-            f = fs.index(slot).load(plain).to(gl.float32)
-            merged = ()
-            for o in gl.static_range(N):
-                # Fused as in accumulate.py: the replay has the same bits.
-                stream = post[o][:, None] * f
-                for i in gl.static_range(N):
-                    weight, _ = gl.broadcast(comb[i * N + o][:, None], stream)
-                    stream = gl.fma(weight, streams[i].to(gl.float32), stream)
-                squares = gl.fma(stream, stream, squares)
-                merged = merged + (stream.to(gl.bfloat16),)
-            kept_slot = k % RK
-            mbarrier.wait(kept_empty.index(kept_slot), ((k // RK) & 1) ^ 1)
-            side_by_side = gl.permute(gl.reshape(stack(merged, N), (T, B, N)), (0, 2, 1))
-            kept.index(kept_slot).store(side_by_side)
-        else:
-            merged = streams
-            for o in gl.static_range(N):
-                stream = merged[o].to(gl.float32)
-                squares = gl.fma(stream, stream, squares)
-        operands = ()
-        for p in gl.static_range(PAIRS):
-            operands = operands + (operand_of(merged[2 * p], merged[2 * p + 1], T, B, right, W),)
         sums_slot = k % RS
-        mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)
-        for g in gl.static_range(GROUPS):
-            product = gl.zeros((W, 16, T), gl.float32, layout=mma)
+        for first in gl.static_range(0, T, PART):
+            x = xs.index(slot).slice(first, PART, 0)
+            streams = separate(x.load(streams3), N, PART, B, plain)
+            squares = gl.zeros((PART, B), gl.float32, layout=plain)
+            if MERGE:
+                f_slot = k % RF
+                comb = combs.index(f_slot).slice(first, PART, 0).load(row16)
+                comb = columns(comb, N * N, N * N, PART, token)
+                post = posts.index(f_slot).slice(first, PART, 0).load(row4)
+                post = columns(post, N, N, PART, token)
+                f = fs.index(f_slot).slice(first, PART, 0).load(plain).to(gl.float32)
+                if first + PART == T:
+                    gl.thread_barrier()
+                    arrive(f_empty.index(f_slot))
+                merged = ()
+                for o in gl.static_range(N):
+                    # Fused as in accumulate.py: the replay has the same bits.
+                    stream = post[o][:, None] * f
+                    for i in gl.static_range(N):
+                        weight, _ = gl.broadcast(comb[i * N + o][:, None], stream)
+                        stream = gl.fma(weight, streams[i].to(gl.float32), stream)
+                    squares = gl.fma(stream, stream, squares)
+                    merged = merged + (stream.to(gl.bfloat16),)
+                # Every thread writes where it read.
+                x.store(gl.permute(gl.reshape(stack(merged, N), (PART, B, N)), (0, 2, 1)))
+            else:
+                merged = streams
+                for o in gl.static_range(N):
+                    stream = merged[o].to(gl.float32)
+                    squares = gl.fma(stream, stream, squares)
+            operands = ()
             for p in gl.static_range(PAIRS):
-                product = mma_v2(weights[g * PAIRS + p], operands[p], product)
-            product = gl.sum(gl.reshape(product, (W, 2, 8, T)), 1)
-            sums[g].index(sums_slot).store(product)
-        square = gl.sum(gl.reshape(squares, (T, B // 8, 8)), 2)
-        square_sums.index(sums_slot).store(gl.permute(square, (1, 0)))
+                pair = operand_of(merged[2 * p], merged[2 * p + 1], PART, B, right, W)
+                operands = operands + (pair,)
+            if first == 0:
+                mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)
+            for g in gl.static_range(GROUPS):
+                product = gl.zeros((W, 16, PART), gl.float32, layout=mma)
+                for p in gl.static_range(PAIRS):
+                    product = mma_v2(weights[g * PAIRS + p], operands[p], product)
+                product = gl.sum(gl.reshape(product, (W, 2, 8, PART)), 1)
+                sums[g].index(sums_slot).slice(first, PART, 2).store(product)
+            square = gl.sum(gl.reshape(squares, (PART, W, B // W)), 2)
+            square = gl.permute(square, (1, 0))
+            square_sums.index(sums_slot).slice(first, PART, 1).store(square)
         if MERGE:
             fence_async_shared()
         gl.thread_barrier()
         arrive(sums_full.index(sums_slot))
-        if MERGE:
-            arrive(empty.index(slot))
         k += 1
         mbarrier.wait(full.index(k % RX), (k // RX) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, W)
     sums_slot = k % RS
     mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)
-    if MERGE:
-        # No warp may be a whole ring behind when the end is announced.
-        mbarrier.wait(kept_empty.index(k % RK), ((k // RK) & 1) ^ 1)
     gl.thread_barrier()
     arrive(sums_full.index(sums_slot))

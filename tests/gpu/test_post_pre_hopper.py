@@ -130,6 +130,20 @@ def test_nan_stays_with_its_token():
             assert ours[3].isnan().any()
 
 
+def test_no_nan_passes_for_a_share_that_is_missing():
+    """All bits set are what a share is awaited by."""
+    x, merge, mapping = inputs(40, 512)
+    x.view(torch.int16)[7] = -1
+    mapping[0].view(torch.int32)[2, 5] = -1
+    for merged in (merge, None):
+        u, _, _, pre, m, r = post_pre_hopper(x, merged, mapping, *NUMBERS)[-6:]
+        assert u.isnan().all()
+        assert pre[:, 2].isnan().all()
+        assert m[:, 2].isnan().all()
+        assert r[7].isnan()
+        assert r[8:].isfinite().all()
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 35])
 def test_no_tokens_and_any_strides(tokens):
     """Through the operator."""

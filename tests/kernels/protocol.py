@@ -42,14 +42,15 @@ class Launch:
     """One launch. ``resident``: how many of its blocks the machine holds at a time."""
 
     def __init__(
-        self, seed, G, groups, resident, tiles, RX, RK, RS, chunk, merge, head, mutation=None
+        self, seed, G, groups, resident, tiles, RX, RF, RS, chunk, merge, head, mutation=None
     ):
         self.random = random.Random(seed)
         self.G, self.groups, self.resident, self.tiles = G, groups, resident, tiles
-        self.RX, self.RK, self.RS, self.chunk = RX, RK if merge else RX, RS, chunk
+        self.RX, self.RF, self.RS, self.chunk = RX, RF, RS, chunk
         self.merge, self.head, self.mutation = merge, head, mutation
         self.tickets = self.drawn = 0
         self.mail, self.shares = {}, [set() for _ in range(tiles)]
+        self.counted = [0] * tiles
         self.aggregated, self.mapped = [0] * tiles, [0] * tiles
         self.tasks, self.ended = [], []
 
@@ -89,16 +90,16 @@ class Launch:
         ticket = index if self.mutation == "groups by block" else self.tickets
         self.tickets += 1
         group, rank = divmod(ticket, self.G)
-        RX, RK, RS, tiles = self.RX, self.RK, self.RS, self.tiles
+        RX, RF, RS, tiles = self.RX, self.RF, self.RS, self.tiles
 
         def ring(depth, arrivals=1):
             return [Barrier(arrivals) for _ in range(depth)]
 
-        full, empty, sums_full, sums_empty = ring(RX), ring(RX), ring(RS), ring(RS)
-        published, pre_full, queue_full, queue_empty = ring(RK), ring(RK), ring(2), ring(2)
-        kept_empty = ring(RK, 2) if self.merge else empty
-        xs, sums, pre, queue, numbers = [None] * RX, [None] * RS, [None] * RK, [None] * 2, {}
-        kept = [None] * RK if self.merge else xs
+        full, empty, f_empty = ring(RX), ring(RX, 2 if self.merge else 1), ring(RF)
+        sums_full, sums_empty, published, pre_full = ring(RS), ring(RS), ring(RX), ring(RX)
+        queue_full, queue_empty = ring(2), ring(2)
+        xs, fs, sums, pre, queue = [None] * RX, [None] * RF, [None] * RS, [None] * RX, [None] * 2
+        numbers = {}
 
         def number(k):
             use, tile = numbers[k % 32]
@@ -114,9 +115,9 @@ class Launch:
             yield lambda: (group, j) in self.mail
             return self.mail[group, j] * self.chunk
 
-        def land(k):
+        def land(k, ring, depth, what):
             yield from self.pause(5)
-            xs[k % RX] = k
+            ring[k % depth] = what, k
             full[k % RX].landed()
 
         def load():
@@ -126,10 +127,14 @@ class Launch:
             while tile < tiles:
                 yield empty[k % RX].ended(k, RX, True)
                 numbers[k % 32] = k, tile
-                full[k % RX].copies += 1
+                full[k % RX].copies += 1 + self.merge
                 full[k % RX].arrive()
-                self.tasks.append(land(k))
+                self.tasks.append(land(k, xs, RX, "x"))
                 yield None
+                if self.merge:
+                    yield f_empty[k % RF].ended(k, RF, True)
+                    self.tasks.append(land(k, fs, RF, "f"))
+                    yield None
                 if drawing and k % self.chunk == 0:
                     drawing = draw(k // self.chunk + 1)
                 k, tile = k + 1, tile + 1
@@ -143,23 +148,22 @@ class Launch:
             k = 0
             yield full[0].ended(0, RX)
             while number(k) < tiles:
-                assert xs[k % RX] == k
-                yield None
+                for _ in range(2):
+                    assert xs[k % RX] == ("x", k)
+                    assert not self.merge or fs[k % RF] == ("f", k)
+                    yield None
                 if self.merge:
-                    yield kept_empty[k % RK].ended(k, RK, True)
-                    kept[k % RK] = k
+                    f_empty[k % RF].arrive()
+                    yield None
+                    assert xs[k % RX] == ("x", k)
+                    xs[k % RX] = "merged", k
                 yield sums_empty[k % RS].ended(k, RS, True)
                 sums[k % RS] = k
                 yield None
-                assert xs[k % RX] == k
                 sums_full[k % RS].arrive()
-                if self.merge:
-                    empty[k % RX].arrive()
                 k += 1
                 yield full[k % RX].ended(k, RX)
             yield sums_empty[k % RS].ended(k, RS, True)
-            if self.merge:
-                yield kept_empty[k % RK].ended(k, RK, True)
             sums_full[k % RS].arrive()
 
         def store():
@@ -168,32 +172,35 @@ class Launch:
             while (tile := number(k)) < tiles:
                 assert sums[k % RS] == k
                 yield from self.pause(10)
-                sums_empty[k % RS].arrive()
                 self.shares[tile].add(rank)
+                assert sums[k % RS] == k
                 yield None
-                published[k % RK].arrive()
+                sums_empty[k % RS].arrive()
+                published[k % RX].arrive()
+                yield from self.pause(10)
+                self.counted[tile] += 1
                 done = k if self.mutation == "eager reuse" else k - 1
                 if self.merge and done >= 0:
                     if self.mutation == "eager reuse":
-                        kept_empty[done % RK].arrive()
+                        empty[done % RX].arrive()
                     yield from self.pause(10)
-                    assert kept[done % RK] == done
+                    assert xs[done % RX] == ("merged", done)
                     if self.mutation != "eager reuse":
-                        kept_empty[done % RK].arrive()
+                        empty[done % RX].arrive()
                 k += 1
                 yield sums_full[k % RS].ended(k, RS)
-            published[k % RK].arrive()
+            published[k % RX].arrive()
 
         def form_pre():
             k = queued = 0
-            yield published[0].ended(0, RK)
+            yield published[0].ended(0, RX)
             while (tile := number(k)) < tiles:
                 if self.mutation != "no wait for shares":
                     yield lambda tile=tile: len(self.shares[tile]) == self.G
                 assert len(self.shares[tile]) == self.G
-                pre[k % RK] = k
+                pre[k % RX] = k
                 yield None
-                pre_full[k % RK].arrive()
+                pre_full[k % RX].arrive()
                 if k % self.G == rank and not self.head:
                     if self.mutation != "short queue":
                         yield queue_empty[queued % 2].ended(queued, 2, True)
@@ -202,8 +209,8 @@ class Launch:
                     queued += 1
                 yield from self.pause(30)
                 k += 1
-                yield published[k % RK].ended(k, RK)
-            pre_full[k % RK].arrive()
+                yield published[k % RX].ended(k, RX)
+            pre_full[k % RX].arrive()
             if not self.head:
                 yield queue_empty[queued % 2].ended(queued, 2, True)
                 queue[queued % 2] = tiles
@@ -214,6 +221,7 @@ class Launch:
             yield queue_full[0].ended(0, 2)
             while (tile := queue[k % 2]) < tiles:
                 queue_empty[k % 2].arrive()
+                yield lambda tile=tile: self.counted[tile] == self.G
                 self.mapped[tile] += 1
                 yield from self.pause(60)
                 k += 1
@@ -221,17 +229,17 @@ class Launch:
 
         def aggregate():
             k = 0
-            yield pre_full[0].ended(0, RK)
+            yield pre_full[0].ended(0, RX)
             while (tile := number(k)) < tiles:
-                assert pre[k % RK] == k
+                assert pre[k % RX] == k
                 for _ in range(2):
-                    assert kept[k % RK] == k
+                    assert xs[k % RX] == ("merged" if self.merge else "x", k)
                     yield None
-                kept_empty[k % RK].arrive()
+                empty[k % RX].arrive()
                 self.aggregated[tile] += 1
                 yield from self.pause(30)
                 k += 1
-                yield pre_full[k % RK].ended(k, RK)
+                yield pre_full[k % RX].ended(k, RX)
 
         mapping = [] if self.head else [form_mappings()]
         return [load(), merge(), store(), form_pre(), aggregate(), *mapping]
