@@ -137,9 +137,11 @@ class ForgottenSend(Disturbed):
     @contextlib.contextmanager
     def sending(self, tensor):
         with super().sending(tensor):
-            for stream in (torch.cuda.current_stream(), *self.copies):
+            torch.cuda._sleep(LAG)
+            # Later than what overwrites the memory behind the sleep above.
+            for stream in self.copies:
                 with torch.cuda.stream(stream):
-                    torch.cuda._sleep(LAG)
+                    torch.cuda._sleep(3 * LAG)
             self._sent = tensor
             yield
 
