@@ -5,9 +5,11 @@
 
 Kernel time is the sum of the kernels' durations (torch.profiler), gradient additions of autograd
 included, medians over repetitions with L2 flushed before each; wall is the time between events
-around forward and backward. "least" is the floor at copy speed: the operator's least traffic
-(research of the project: X is n units of C elements a token, f and u one) over the bandwidth of a
-device-to-device copy measured in the same run. Writes kernels.json, kernels.md and kernels.png.
+around forward and backward. Chained wall is that of a chain of applications over their number: a
+backward pass of a single application wakes autograd's thread for it alone. "least" is the floor at
+copy speed: the operator's least traffic (research of the project: X is n units of C elements a
+token, f and u one) over the bandwidth of a device-to-device copy measured in the same run. Writes
+kernels.json, kernels.md and kernels.png.
 """
 
 import argparse
@@ -38,6 +40,7 @@ UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15), "head": (5, 9), "
 UNITS |= {"replay": (10, 0), "replay_4": (28, 0)}
 REPLAYED = {"replay": 1, "replay_4": 4}
 OURS = ("triton", "torch", "compile")
+CHAIN = 8
 
 
 def make_inputs(tokens: int, channels: int) -> dict[str, torch.Tensor]:
@@ -109,6 +112,33 @@ def make_steps(op: str, inputs: dict[str, torch.Tensor], backend: str):
     return lambda: forward(*leaves), lambda: torch.autograd.grad(forward(*leaves), leaves, weights)
 
 
+def make_chain(inputs: dict[str, torch.Tensor], backend: str):
+    """Forward and backward of CHAIN applications, each with parameters of its own, where a
+    sublayer returns what it is given.
+    """
+    first = [inputs[name].detach().requires_grad_() for name in ("x", "f", "post", "comb")]
+    mappings = [
+        [inputs[name].clone().requires_grad_() for name in ("fn", "scale", "base")]
+        for _ in range(CHAIN)
+    ]
+    leaves = [*first, *(parameter for mapping in mappings for parameter in mapping)]
+    weights = [torch.randn_like(tensor) for tensor in first]
+
+    def step():
+        x, f, post, comb = first
+        for mapping in mappings:
+            outputs = kernels.mhc_post_pre(x, f, post, comb, *mapping, **OPTIONS, backend=backend)
+            x, f, post, comb = outputs
+        return torch.autograd.grad((x, f, post, comb), leaves, weights)
+
+    return step
+
+
+def wall(step) -> float:
+    """Microseconds between events around ``step``, median."""
+    return round(1e3 * triton.testing.do_bench(step, 50, 200, return_mode="median"), 1)
+
+
 def kernel_times(step, repetitions: int) -> dict[str, float]:
     """Microseconds a step spends in each kernel, by name: medians, with L2 flushed before."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
@@ -156,7 +186,11 @@ def machine() -> dict[str, str]:
 
 def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int, rate: float):
     """One row of the table; the floor is of the whole operator, forward and backward."""
-    forward, step = make_steps(op, make_inputs(tokens, channels), backend)
+    inputs = make_inputs(tokens, channels)
+    forward, step = make_steps(op, inputs, backend)
+    chained = None
+    if op == "post_pre" and backend in ("triton", "torch"):
+        chained = round(wall(make_chain(inputs, backend)) / CHAIN, 1)
     times = kernel_times(step, repetitions)
     total = sum(times.values())
     forward_us = total
@@ -172,7 +206,8 @@ def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int,
         "kernel_us": round(total, 1),
         "forward_us": round(forward_us, 1),
         "backward_us": round(total - forward_us, 1),
-        "wall_us": round(1e3 * triton.testing.do_bench(step, 50, 200, return_mode="median"), 1),
+        "wall_us": wall(step),
+        "chained_wall_us": chained,
         "GB/s of least": round(sum(least) * rate / total),
         "% of copy": round(100 * sum(least) / total, 1),
         "% forward": round(100 * least[0] / forward_us, 1),

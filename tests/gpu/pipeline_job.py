@@ -1,8 +1,9 @@
 """One rank of test_pipeline.py: trains a small model in several divisions on two GPUs.
 
-    RANK=0 WORLD_SIZE=2 ... python pipeline_job.py OUTPUT_FILE SCALE
+    RANK=0 WORLD_SIZE=2 ... python pipeline_job.py OUTPUT_FILE SCALE [RUN ...]
 
-Every run is written to the output file as it ends, so that a job cut short keeps what it has.
+All runs, or those named. Every run is written to the output file as it ends, so that a job cut
+short keeps what it has.
 """
 
 import contextlib
@@ -277,7 +278,7 @@ def train(pipeline: Pipeline, kind: str, steps: int) -> list[list[float]]:
     return ranks[-1]
 
 
-def main(output: Path, scale: float) -> None:
+def main(output: Path, scale: float, names: list[str]) -> None:
     patches.apply()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if GPU else "gloo")
@@ -298,9 +299,9 @@ def main(output: Path, scale: float) -> None:
         "chunks nccl disturbed": (chunks, "nccl disturbed", short),
         "chunks none": (chunks, "none", short),
     }
-    for name, run in runs.items():
+    for name in names or runs:
         begin = time.perf_counter()
-        losses = train(*run)
+        losses = train(*runs[name])
         print(f"{name}: {len(losses)} steps in {time.perf_counter() - begin:.1f} s", flush=True)
         if dist.get_rank() == 0:
             with open(output, "a") as file:
@@ -309,4 +310,4 @@ def main(output: Path, scale: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
