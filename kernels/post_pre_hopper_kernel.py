@@ -172,11 +172,13 @@ def aggregate_tiles(
         for o in gl.static_range(N):
             weight, _ = gl.broadcast(pre[o][:, None], u)
             u = gl.fma(weight, streams[o].to(gl.float32), u)  # as in accumulate.py
-        gl.thread_barrier()
-        arrive(empty.index(slot))
         rows = tile.to(gl.int64) * T + in_tile
         at = u_ptr + rows[:, None] * C + channel[None, :]
         gl.store(at, u.to(gl.bfloat16), mask=(rows < tokens)[:, None] & inside)
+        # After the store, which needs every load of X' to be over: a barrier alone waits for loads
+        # to be issued, and a bulk copy into their memory can be faster.
+        gl.thread_barrier()
+        arrive(empty.index(slot))
         k += 1
         mbarrier.wait(pre_full.index(k % RX), (k // RX) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, num_warps)

@@ -95,9 +95,6 @@ def merge_tiles(
                 post = posts.index(f_slot).slice(first, PART, 0).load(row4)
                 post = columns(post, N, N, PART, token)
                 f = fs.index(f_slot).slice(first, PART, 0).load(plain).to(gl.float32)
-                if first + PART == T:
-                    gl.thread_barrier()
-                    arrive(f_empty.index(f_slot))
                 merged = ()
                 for o in gl.static_range(N):
                     # Fused as in accumulate.py: the replay has the same bits.
@@ -133,6 +130,9 @@ def merge_tiles(
             fence_async_shared()
         gl.thread_barrier()
         arrive(sums_full.index(sums_slot))
+        if MERGE:
+            # Its loads are over: X' needed them.
+            arrive(f_empty.index(k % RF))
         k += 1
         mbarrier.wait(full.index(k % RX), (k // RX) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, W)

@@ -47,13 +47,16 @@ from megatron_mhc.pipeline.inbox import Inbox  # noqa: E402
 GPU = torch.cuda.is_available()
 LENGTH, MICRO_BATCH, MICRO_BATCHES = (256, 2, 4) if GPU else (16, 1, 4)
 HIDDEN = 256 if GPU else 32
+DTYPE, NAN = torch.bfloat16, float("nan")
 LONGEST_DELAY = 2_000_000
 """Clock cycles: about a millisecond, several times what the model's kernels take."""
 LAG = 20 * LONGEST_DELAY
+HELD = 16
+"""Tensors that overwrite free memory together: more than a stage has sends and merges at a time."""
 
 
 class Disturbed(PriorityStream):
-    """Waits for a random time on every stream, and overwrites all memory that is free."""
+    """Waits for a random time on every stream, and overwrites the memory that is free there."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -67,12 +70,13 @@ class Disturbed(PriorityStream):
             torch.cuda._sleep(self._random.randrange(LONGEST_DELAY))
 
     def _disturb_all(self) -> None:
-        shapes = [(LENGTH, MICRO_BATCH, width * HIDDEN) for width in (1, STREAMS)]
         streams = (torch.cuda.current_stream(), self.stream, self._completions, *self.copies)
         for stream in streams:
             with torch.cuda.stream(stream):
-                for shape in shapes * 2:
-                    torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
+                for width in (1, STREAMS):
+                    shape = (LENGTH, MICRO_BATCH, width * HIDDEN)
+                    # Kept until all are there: one at a time would get the same memory each time.
+                    _ = [torch.full(shape, NAN, dtype=DTYPE, device="cuda") for _ in range(HELD)]
                 self._delay()
 
     def form(self, state, backend):
@@ -165,8 +169,8 @@ class OverwrittenInbox(Inbox):
             last.wait_stream(stream)
         with torch.cuda.stream(last):
             address = self._memory + slot * self.address.size
-            shape = (self.address.size // torch.bfloat16.itemsize,)
-            self._engine.tensor(address, shape, torch.bfloat16, None).fill_(float("nan"))
+            shape = (self.address.size // DTYPE.itemsize,)
+            self._engine.tensor(address, shape, DTYPE, None).fill_(NAN)
         super()._give_back(slot, count, (last,) * len(streams))
 
 

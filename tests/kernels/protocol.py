@@ -153,14 +153,14 @@ class Launch:
                     assert not self.merge or fs[k % RF] == ("f", k)
                     yield None
                 if self.merge:
-                    f_empty[k % RF].arrive()
-                    yield None
-                    assert xs[k % RX] == ("x", k)
                     xs[k % RX] = "merged", k
                 yield sums_empty[k % RS].ended(k, RS, True)
                 sums[k % RS] = k
                 yield None
                 sums_full[k % RS].arrive()
+                if self.merge:
+                    assert fs[k % RF] == ("f", k)
+                    f_empty[k % RF].arrive()
                 k += 1
                 yield full[k % RX].ended(k, RX)
             yield sums_empty[k % RS].ended(k, RS, True)
