@@ -18,7 +18,8 @@ class Stage:
 
     Attributes:
         layers: transformer layers of the stage.
-        tokens: of a micro-batch, sequence length times micro-batch size.
+        tokens: of a micro-batch on a rank, sequence length times micro-batch size over
+            context-parallel ranks.
         hidden: C.
         ffn: width of the MLP.
         query: attention heads times channels of a head.

@@ -28,6 +28,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu"}
         if function is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
+        if kwargs.get("pin_memory"):  # for copies to a GPU; it needs CUDA's driver
+            kwargs = {**kwargs, "pin_memory": False}
         result = function(*args, **kwargs)
         # Megatron's optimizers tell fp32 from bf16 by these names, and know only CUDA's.
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:

@@ -30,12 +30,6 @@ def _set(name: str) -> Callable[[argparse.Namespace], object]:
     return lambda args: getattr(args, name, None) or None
 
 
-def _above(name: str, limit: int) -> Callable[[argparse.Namespace], object]:
-    return lambda args: (
-        getattr(args, name, None) if (getattr(args, name, None) or 0) > limit else None
-    )
-
-
 def _other_than(name: str, *fine: object) -> Callable[[argparse.Namespace], object]:
     return lambda args: None if getattr(args, name, None) in fine else getattr(args, name)
 
@@ -60,9 +54,6 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
         _gains_of_stages,
         "a stage sees the gains of its own layers only; use 0 with --pipeline-model-parallel-size "
         "above 1",
-    ),
-    Incompatibility(
-        "--context-parallel-size", _above("context_parallel_size", 1), "use 1, until it is tested"
     ),
     Incompatibility("--mtp-num-layers", _set("mtp_num_layers"), _LEAVE_OUT),
     Incompatibility("--fp32-residual-connection", _set("fp32_residual_connection"), _LEAVE_OUT),

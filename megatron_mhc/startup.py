@@ -16,6 +16,7 @@ from . import cpu_arguments
 from .arguments import add_mhc_args, validate_mhc_args
 from .checkpoint_guard import check_checkpoint
 from .config import MHCConfig
+from .context_parallel import refuse_undivided_attention
 from .errors import UserError
 from .pipeline.boundary import PriorityStream
 from .pipeline.slots import DeferredCommunicator, DeferredGroups, make_communicator
@@ -91,6 +92,7 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     """
     args = parse_and_validate_args(extra_args_provider=_add_arguments)
     refuse_unsupported_data(args)
+    refuse_undivided_attention(args)
     mhc = validate_mhc_args(args)
     model = gpt_config_from_args(args)
     lines = [_model_line(args, mhc)]

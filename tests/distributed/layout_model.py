@@ -7,7 +7,9 @@ import dataclasses
 import zlib
 
 import torch
+from gathered_attention import GatheredAttention
 from layout_cases import Case, Layout
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
@@ -76,6 +78,8 @@ def block_spec(config: TransformerConfig, case: Case, **stage):
             input_layernorm=marked_torch_norm,
             pre_mlp_layernorm=marked_torch_norm,
         )
+    if config.context_parallel_size > 1:
+        plain.submodules.self_attention.submodules.core_attention = GatheredAttention
     mhc = MHCConfig(
         residual_mixing=case.mixing,
         recompute=case.recompute,
@@ -159,13 +163,19 @@ def micro_batches(dp: int, dp_rank: int):
 
 
 def forward_step(iterator, model):
-    """Megatron's forward_step_func: the sum of the unmasked losses, their count, and the mean."""
+    """Megatron's forward_step_func: the sum of the unmasked losses, their count, and the mean.
+
+    The mean is over all context-parallel ranks, the sum and the count are this rank's.
+    """
     batch = next(iterator)
     losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
 
     def loss(losses):
-        total = (losses.float() * batch["mask"]).sum()
-        report = {batch["index"]: total.detach() / batch["mask"].sum()}
-        return total, batch["mask"].sum().int(), report
+        total, count = (losses.float() * batch["mask"]).sum(), batch["mask"].sum()
+        # Each rank of a context-parallel group has a part of the tokens.
+        everywhere = torch.stack([total.detach(), count])
+        group = parallel_state.get_context_parallel_group()
+        torch.distributed.all_reduce(everywhere, group=group)
+        return total, count.int(), {batch["index"]: everywhere[0] / everywhere[1]}
 
     return losses, loss

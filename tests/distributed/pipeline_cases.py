@@ -8,7 +8,8 @@ class Pipeline:
     """One way to train a model in stages.
 
     Attributes:
-        pp, vpp, tp: stages, chunks per stage (1: no interleaving), tensor-parallel size.
+        pp, vpp, tp, cp: stages, chunks per stage (1: no interleaving), tensor-parallel and
+            context-parallel size.
         micro_batches, group: their count, and how many run one chunk in a row (0: pp of them).
         overlap: "none" or "post".
         tied: the output layer shares the embedding; then also LayerNorm, biases and learned
@@ -26,6 +27,7 @@ class Pipeline:
     pp: int
     vpp: int = 1
     tp: int = 1
+    cp: int = 1
     micro_batches: int = 4
     group: int = 0
     overlap: str = "post"
@@ -42,8 +44,13 @@ class Pipeline:
     layout: str = ""
 
     @property
+    def stage_ranks(self) -> int:
+        """How many processes share a stage."""
+        return self.tp * self.cp
+
+    @property
     def world(self) -> int:
-        return self.pp * self.tp
+        return self.pp * self.stage_ranks
 
     @property
     def name(self) -> str:
@@ -55,12 +62,12 @@ class Pipeline:
     def one_stage(self) -> "Pipeline":
         """The same training in one stage: without the pipeline."""
         plain = Pipeline(pp=1, micro_batches=self.micro_batches, tied=self.tied, layers=self.layers)
-        return replace(plain, tp=self.tp, sequence_parallel=self.sequence_parallel)
+        return replace(plain, tp=self.tp, cp=self.cp, sequence_parallel=self.sequence_parallel)
 
     @property
     def single(self) -> "Pipeline":
         """The same training in one process."""
-        return replace(self.one_stage, tp=1, sequence_parallel=False)
+        return replace(self.one_stage, tp=1, cp=1, sequence_parallel=False)
 
 
 PIPELINES = (
@@ -91,6 +98,11 @@ PIPELINES = (
     Pipeline(pp=4, vpp=2, layers=8, micro_batches=9, group=5, copies=True, replay=True),
     Pipeline(pp=2, vpp=3, micro_batches=7, group=7, copies=True),
     Pipeline(pp=4, vpp=2, layers=8, micro_batches=4, overlap_p2p=False, copies=True),
+    Pipeline(pp=1, cp=2, layers=8),
+    Pipeline(pp=1, cp=4, layers=8),
+    Pipeline(pp=1, tp=2, cp=2, layers=8, sequence_parallel=True),
+    Pipeline(pp=2, cp=2, micro_batches=3, tied=True, recompute=True),
+    Pipeline(pp=2, vpp=2, cp=2, layers=8, replay=True),
 )
 RANDOM_PIPELINES = 10
 

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_batch_on_this_cp_rank
 from pipeline_cases import Pipeline
 
 VOCABULARY, SEQUENCE, MICRO_BATCH, STREAMS = 64, 16, 2, 4
@@ -49,6 +50,7 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=pipeline.tp,
+        context_parallel_size=pipeline.cp,
         pipeline_model_parallel_size=pipeline.pp,
         virtual_pipeline_model_parallel_size=pipeline.vpp if pipeline.vpp > 1 else None,
         microbatch_group_size_per_vp_stage=pipeline.group or None,
@@ -117,17 +119,27 @@ def _build_chunk(pipeline, config, case, boundary, stage) -> DistributedDataPara
     return wrapped
 
 
-def micro_batches(count: int):
-    """The global batch, as dicts; every micro-batch has its own loss mask."""
+def micro_batches(pipeline: Pipeline):
+    """The global batch, as dicts with this rank's part of the tokens.
+
+    Every micro-batch has its own loss mask. Without a loss per token Megatron averages the means of
+    context-parallel ranks, so then each rank's part has as many tokens that count.
+    """
+    count = pipeline.micro_batches
+    group = parallel_state.get_context_parallel_group()
     generator = torch.Generator().manual_seed(20)
     tokens = torch.randint(VOCABULARY, (count, MICRO_BATCH, SEQUENCE + 1), generator=generator)
     for index in range(count):
         mask = torch.ones(MICRO_BATCH, SEQUENCE)
-        mask[:, :index] = 0
-        yield {
-            "index": index,
+        if pipeline.tied:
+            mask[:, :index] = 0
+        else:
+            mask.view(MICRO_BATCH, 4, -1)[:, :, : index % 4] = 0
+        whole = {
             "tokens": tokens[index, :, :-1],
             "labels": tokens[index, :, 1:],
             "mask": mask,
             "positions": torch.arange(SEQUENCE).expand(MICRO_BATCH, -1),
         }
+        part = get_batch_on_this_cp_rank(whole, is_hybrid_cp=False, cp_group=group)
+        yield {"index": index, **part}

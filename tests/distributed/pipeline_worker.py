@@ -51,7 +51,7 @@ def losses_of(pipeline: Pipeline, chunks, communication: dict, **mode) -> dict[i
     """One global batch through Megatron's schedule; losses where the last stage is."""
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[micro_batches(pipeline.micro_batches) for _ in chunks],
+        data_iterator=[micro_batches(pipeline) for _ in chunks],
         model=chunks,
         num_microbatches=pipeline.micro_batches,
         seq_length=SEQUENCE,
@@ -168,6 +168,7 @@ def run_rank(folder: Path, name: str, pipeline: Pipeline, rank: int, job) -> Non
         tensor_model_parallel_size=pipeline.tp,
         pipeline_model_parallel_size=pipeline.pp,
         virtual_pipeline_model_parallel_size=pipeline.vpp if pipeline.vpp > 1 else None,
+        context_parallel_size=pipeline.cp,
     )
     try:
         result = job()

@@ -1,4 +1,4 @@
-"""Every division into pipeline stages gives the losses and gradients of a single process (gloo)."""
+"""Every division into stages, and of sequences, gives the losses and gradients of one process."""
 
 import json
 from pathlib import Path
@@ -26,15 +26,16 @@ def assert_equals_single_process(results: Path, pipeline: Pipeline) -> None:
     assert len(single["losses"]) == pipeline.micro_batches
     ranks = load_ranks(results, pipeline.name, pipeline.world)
     for kind in ("losses", "evaluated"):
-        assert not any(rank[kind] for rank in ranks[: -pipeline.tp]), "only the last stage has any"
-        for rank in ranks[-pipeline.tp :]:
+        last_stage = ranks[-pipeline.stage_ranks :]
+        assert not any(rank[kind] for rank in ranks[: -len(last_stage)]), "no other stage has any"
+        for rank in last_stage:
             assert rank[kind].keys() == single[kind].keys()
             for index, loss in rank[kind].items():
                 reference = single[kind][index].item()
                 assert loss.item() == pytest.approx(reference, rel=TOLERANCE), (kind, index)
 
     gradients = whole_gradients(ranks, pipeline.tp)
-    one_stage = load_ranks(results, pipeline.one_stage.name, pipeline.tp)
+    one_stage = load_ranks(results, pipeline.one_stage.name, pipeline.stage_ranks)
     assert_close(gradients, whole_gradients(one_stage, pipeline.tp))
     assert_close(scales_as_one(gradients), scales_as_one(whole_gradients([single], 1)))
 
@@ -90,7 +91,7 @@ def test_what_a_gradient_needs_is_replayed_before_it_is_there(results, pipeline)
     for index, rank in enumerate(load_ranks(results, pipeline.name, pipeline.world)):
         assert len(rank["replays"]) == passes
         received = [replay for replay in rank["replays"] if replay["received"]]
-        last = index >= pipeline.world - pipeline.tp
+        last = index >= pipeline.world - pipeline.stage_ranks
         assert len(received) == passes - last * pipeline.micro_batches
         assert all(replay["right"] == [True] for replay in received)
 

@@ -47,7 +47,7 @@ def interrupt(folder: Path, point: str) -> Interrupted:
     if point == "training":
         killed = train(*flags, until=f"saved checkpoint from iteration {SAVE_INTERVAL:7d}")
     else:
-        killed = train(*flags, kill=(point, 2 * SAVE_INTERVAL))
+        killed = train(*flags, through=("kill_in_save.py", point, 2 * SAVE_INTERVAL))
     tracker = folder / TRACKER
     left = tracker.read_text() if tracker.is_file() else "none"
     shards = {int(path.parent.name[5:]): path.stat().st_size for path in folder.glob("*/*.distcp")}

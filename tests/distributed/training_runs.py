@@ -17,7 +17,6 @@ from torch.distributed import checkpoint
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
-KILLER = HERE / "kill_in_save.py"
 STEPS, SAVE_INTERVAL = 6, 2
 TIMEOUT = 120
 
@@ -70,20 +69,21 @@ class Run:
         return float(found[1])
 
 
-def command(*flags: object, kill: tuple[str, int] | None = None, processes: int = 1) -> list[str]:
+def command(*flags: object, through: tuple[object, ...] = (), processes: int = 1) -> list[str]:
     """How the script is started.
 
     Args:
         flags: beside FLAGS.
-        kill: the point and the step of a save at which :mod:`kill_in_save` ends the process.
+        through: a script of this folder that runs the training script, and its arguments.
         processes: more than one go through torchrun.
     """
     launcher = [sys.executable]
     if processes > 1:
         anywhere = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
         launcher += ["-m", "torch.distributed.run", *anywhere, f"--nproc-per-node={processes}"]
-    if kill:
-        launcher += [str(KILLER), *map(str, kill)]
+    if through:
+        wrapper, *arguments = through
+        launcher += [str(HERE / wrapper), *map(str, arguments)]
     return [*launcher, str(SCRIPT), *FLAGS, *map(str, flags)]
 
 

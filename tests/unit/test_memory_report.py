@@ -1,6 +1,7 @@
 """From flags to the estimate: what the stages are, and which flags it refuses."""
 
 import argparse
+import dataclasses
 
 import pytest
 
@@ -37,6 +38,11 @@ def test_megatrons_defaults(stages):
     (stage,) = stages(f"{words} --micro-batch-size 1 --swiglu")
     assert (stage.ffn, stage.query, stage.key_value) == (2688, 1024, 1024)
     assert stages(f"{words} --micro-batch-size 1")[0].ffn == 4096
+
+
+def test_context_parallel_ranks_share_the_tokens(stages):
+    (divided,) = stages(f"{MODEL} --context-parallel-size 4")
+    assert divided == dataclasses.replace(STAGE, tokens=2048)
 
 
 def test_a_pipeline_has_a_stage_for_every_rank(stages):

@@ -48,6 +48,59 @@ def test_triton_that_cannot_serve_is_refused_with_its_flag(model_line, settings,
         model_line(arguments(dtype), MHCConfig(backend="triton", **settings))
 
 
+def divided(implementation: str, backend: str):
+    """Arguments of a run with two context-parallel ranks and an attention."""
+    environment.prepare()
+    from megatron.core.transformer.enums import AttnBackend
+
+    return SimpleNamespace(
+        context_parallel_size=2,
+        transformer_impl=implementation,
+        attention_backend=AttnBackend[backend],
+    )
+
+
+@pytest.mark.parametrize(
+    ("implementation", "backend", "message"),
+    [
+        (
+            "local",
+            "auto",
+            "--context-parallel-size 2: the attention of --transformer-impl local takes whole "
+            "sequences only; use 1, or --transformer-impl transformer_engine, which needs a GPU",
+        ),
+        (
+            "transformer_engine",
+            "local",
+            "--context-parallel-size 2: the attention of --attention-backend local takes whole "
+            "sequences only; use 1, or leave --attention-backend out",
+        ),
+        (
+            "transformer_engine",
+            "unfused",
+            "--context-parallel-size 2: the attention of --attention-backend unfused takes whole "
+            "sequences only; use 1, or leave --attention-backend out",
+        ),
+    ],
+)
+def test_an_attention_of_whole_sequences_is_refused_at_the_start(
+    implementation, backend, message, monkeypatch
+):
+    args = divided(implementation, backend)
+    from megatron_mhc import startup
+
+    monkeypatch.setattr(startup, "parse_and_validate_args", lambda extra_args_provider: args)
+    with pytest.raises(UserError) as refusal:
+        startup.parse_arguments()
+    assert str(refusal.value) == message
+
+
+def test_transformer_engines_attention_takes_divided_sequences():
+    from megatron_mhc.context_parallel import refuse_undivided_attention
+
+    assert refuse_undivided_attention(divided("transformer_engine", "auto")) is None
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
