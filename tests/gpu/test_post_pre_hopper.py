@@ -156,15 +156,15 @@ def test_no_tokens_and_any_strides(tokens):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("depth", [3, 2])
+@pytest.mark.parametrize(("kind", "depth"), [("post_pre", 3), ("post_pre", 2), ("pre", 3)])
 @pytest.mark.parametrize("channels", [4096, 2560])
-def test_every_launch_has_the_same_bits(monkeypatch, channels, depth):
+def test_every_launch_has_the_same_bits(monkeypatch, channels, kind, depth):
     """Also with f two tiles deep, where every third launch read X' of which a part was already the
     X of a later tile, when slots were given back at once behind the loads from them.
     """
     monkeypatch.setitem(launch_post_pre_hopper.POST_PRE, "RF", depth)
     launch_post_pre_hopper.plan_of.cache_clear()
-    arguments = inputs(8192, channels)
+    arguments = inputs(8192, channels, kind)
     first = post_pre_hopper(*arguments, *NUMBERS)
     differing = torch.zeros(len(first), dtype=torch.int64, device="cuda")
     for _ in range(200):
