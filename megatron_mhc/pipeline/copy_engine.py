@@ -14,6 +14,10 @@ from torch import Tensor
 
 _GEQ = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
 _PEER = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+_mapped: list[mmap.mmap] = []
+"""What :meth:`CopyEngine.map_words` was given, until the process ends: streams may come late to
+write there, and CUDA refuses other memory at an address that it knows.
+"""
 
 
 def _call(function, *arguments):
@@ -79,10 +83,11 @@ class CopyEngine:
         return int(_call(driver.cuIpcOpenMemHandle, shared, _PEER))
 
     def map_words(self, words: mmap.mmap) -> int:
-        """The address at which this device writes into memory of the host."""
+        """The address at which this device writes into memory of the host; it stays mapped."""
         place = ctypes.addressof(ctypes.c_char.from_buffer(words))
         flags = driver.CU_MEMHOSTREGISTER_PORTABLE | driver.CU_MEMHOSTREGISTER_DEVICEMAP
         _call(driver.cuMemHostRegister, place, len(words), flags)
+        _mapped.append(words)
         return int(_call(driver.cuMemHostGetDevicePointer, place, 0))
 
     def copy(self, source: Tensor, target: int, word: int, value: int, kind: str) -> "Copy":

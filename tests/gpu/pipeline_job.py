@@ -51,7 +51,7 @@ DTYPE, NAN = torch.bfloat16, float("nan")
 LONGEST_DELAY = 2_000_000
 """Clock cycles: about a millisecond, several times what the model's kernels take."""
 LAG = 20 * LONGEST_DELAY
-HELD = 16
+HELD = 10
 """Tensors that overwrite free memory together: more than a stage has sends and merges at a time."""
 
 
@@ -164,7 +164,7 @@ class OverwrittenInbox(Inbox):
     """Overwrites a slot before it is given back."""
 
     def _give_back(self, slot, count, streams):
-        last = torch.cuda.Stream()
+        last = torch.cuda.Stream(self._engine.device)
         for stream in streams:
             last.wait_stream(stream)
         with torch.cuda.stream(last):
@@ -187,6 +187,13 @@ def boundary_of(kind: str):
         "unordered gradient": lambda: UnorderedGradient(dist.get_rank()),
         "forgotten send": lambda: ForgottenSend(dist.get_rank()),
     }[kind]()
+
+
+def transport_of(kind: str) -> str:
+    """Copies wherever they are not what a run goes without: none may fall back to NCCL unseen."""
+    if kind == "none" or not GPU:
+        return "auto"
+    return "nccl" if kind.startswith("nccl") else "copy"
 
 
 def batches(step: int) -> list[dict]:
@@ -239,7 +246,7 @@ def train(pipeline: Pipeline, kind: str, steps: int) -> list[list[float]]:
             config,
             STREAMS,
             boundary,
-            transport="nccl" if kind.startswith("nccl") else "auto",
+            transport=transport_of(kind),
         )
         slots["p2p_communicator"] = communicator
         if isinstance(boundary, Disturbed) and isinstance(communicator._tracks, CopyTracks):
