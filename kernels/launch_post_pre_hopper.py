@@ -25,23 +25,23 @@ BLOCK_C = 256
 # Tokens of a tile and depths of the rings, with a merge and without.
 POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
 PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
-# Blocks of a group that pay, with a merge and without. A tile waits for its slowest block, so wide
-# groups lose: at 8192 channels with a merge (32 blocks), and at 7168 without (28), the two kernels
-# that serve every GPU are faster. At 512 (2 blocks) they are too.
-GROUPS = {True: range(5, 29), False: range(5, 25)}
+# Blocks of a group that pay. A tile waits for its slowest block, so wide groups lose: at 7168
+# channels (28 blocks) the two kernels that serve every GPU are faster, an application in 605 us
+# against 613. At 512 (2 blocks) they are too.
+GROUPS = range(5, 25)
 # Share of all multiprocessors' channels that must be channels of X: a tile takes as long where many
-# are padding. At 7168 it is 0.85, in 226 us against 236; at 4096 0.97, in 203 against 263.
+# are padding. At 6144 it is 0.91, in 171 us against 200.
 LEAST_SHARE = 5 / 6
 # Tiles that a group draws at once; drawing single ones is slower.
 CHUNK = 4
 
 
-def pays(channels: int, device: torch.device, merges: bool) -> bool:
+def pays(channels: int, device: torch.device) -> bool:
     """Whether one pass over X is faster than the two kernels for every GPU."""
     size = cdiv(channels, BLOCK_C)
     slots = multiprocessors(device)
     fills = slots // size * channels >= LEAST_SHARE * slots * BLOCK_C
-    return size in GROUPS[merges] and fills
+    return size in GROUPS and fills
 
 
 class Plan(NamedTuple):

@@ -14,22 +14,18 @@ from megatron_mhc.kernels import launch, launch_post_pre_hopper
 
 
 @pytest.mark.parametrize(
-    ("multiprocessors", "channels", "merged", "alone"),
-    [(132, 1280, True, True), (132, 2560, True, True), (132, 4096, True, True)]
-    # Groups of 20, 28 and 32 blocks; mostly padding; too narrow; six blocks for 1288 channels.
-    + [(132, 5120, True, True), (132, 7168, True, False), (132, 8192, False, False)]
-    + [(132, 64, False, False), (132, 512, False, False), (132, 1288, True, True)]
+    ("multiprocessors", "channels", "taken"),
+    [(132, 1280, True), (132, 2560, True), (132, 4096, True)]
+    # Groups of 20, 24, 28 and 32 blocks; mostly padding; too narrow; six blocks for 1288 channels.
+    + [(132, 5120, True), (132, 6144, True), (132, 7168, False), (132, 8192, False)]
+    + [(132, 64, False), (132, 512, False), (132, 1288, True)]
     # 78 multiprocessors: four groups of 16 leave 14 idle, seven of 10 leave 8.
-    + [(78, 4096, False, False), (78, 2560, True, True), (8, 4096, False, False)],
+    + [(78, 4096, False), (78, 2560, True), (8, 4096, False)],
 )
-def test_the_single_pass_is_taken_where_it_pays(
-    monkeypatch, multiprocessors, channels, merged, alone
-):
+def test_the_single_pass_is_taken_where_it_pays(monkeypatch, multiprocessors, channels, taken):
     count = lambda device: multiprocessors  # noqa: E731
     monkeypatch.setattr(launch_post_pre_hopper, "multiprocessors", count)
-    device = torch.device("cuda:0")
-    assert launch_post_pre_hopper.pays(channels, device, merges=True) is merged
-    assert launch_post_pre_hopper.pays(channels, device, merges=False) is alone
+    assert launch_post_pre_hopper.pays(channels, torch.device("cuda:0")) is taken
 
 
 def noting(function, calls):
@@ -46,7 +42,7 @@ def test_forward_calls_it_with_a_mapping_and_tokens(monkeypatch, served):
     monkeypatch.setattr(launch, "serves_hopper", lambda x, n: served)
     for name in ("forward_plan", "split_weight"):
         monkeypatch.setattr(launch, name, noting(getattr(launch, name), calls))
-    monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda channels, *_: channels == 256)
+    monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda channels, device: channels == 256)
     single = lambda *_: calls.append("one")  # noqa: E731
     monkeypatch.setattr(launch_post_pre_hopper, "post_pre_hopper", single)
     mapping = torch.zeros(24, 4 * 256), torch.ones(3), torch.zeros(24)
