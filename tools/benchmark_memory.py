@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_mhc import MHCConfig, activation_memory, environment  # noqa: E402
 from megatron_mhc.activation_memory import Stage  # noqa: E402
 from megatron_mhc.recompute_blocks import best_block_layers  # noqa: E402
+from megatron_mhc.report.trace import busy_us, profile_step  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ def build(case: Case, mhc: MHCConfig | None):
     return block
 
 
-def measure(case: Case, mhc: MHCConfig | None, steps: int) -> tuple[int, float]:
-    """Peak bytes of a step over what was there before it, and the median step in milliseconds."""
+def measure(case: Case, mhc: MHCConfig | None, steps: int) -> tuple[int, float, float]:
+    """Peak bytes of a step over what was there before it, the median step in milliseconds, and in
+    how many milliseconds of a step the GPU is busy: fewer where it waits for the host.
+    """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     block = build(case, mhc)
@@ -137,7 +140,8 @@ def measure(case: Case, mhc: MHCConfig | None, steps: int) -> tuple[int, float]:
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return torch.cuda.max_memory_allocated() - before, statistics.median(times)
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak, statistics.median(times), busy_us(profile_step(step)) / 1e3
 
 
 def estimate(case: Case, block: int | None, plain: bool) -> float:
@@ -151,8 +155,8 @@ def estimate(case: Case, block: int | None, plain: bool) -> float:
 def table(rows: list[dict]) -> str:
     lines = [
         "| case | run | peak MiB | over plain | estimate MiB | estimate / peak "
-        "| ms / step | over plain | over mHC |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| ms / step | over plain | over mHC | busy ms | over plain | over mHC |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         beside = {other["run"]: other for other in rows if other["case"] == row["case"]}
@@ -163,7 +167,8 @@ def table(rows: list[dict]) -> str:
         lines.append(
             f"| {row['case']} | {row['run']} | {row['peak'] / 2**20:.0f} | {over('plain', 'peak')} "
             f"| {row['estimate'] / 2**20:.0f} | {row['estimate'] / row['peak']:.3f} "
-            f"| {row['ms']:.2f} | {over('plain', 'ms')} | {over('mHC', 'ms')} |"
+            f"| {row['ms']:.2f} | {over('plain', 'ms')} | {over('mHC', 'ms')} "
+            f"| {row['busy']:.2f} | {over('plain', 'busy')} | {over('mHC', 'busy')} |"
         )
     return "\n".join(lines)
 
@@ -209,15 +214,15 @@ def main() -> None:
                     recompute=block is not None,
                     recompute_layer_num=block,
                 )
-            peak, ms = measure(case, mhc, args.steps)
+            peak, ms, busy = measure(case, mhc, args.steps)
             gc.collect()
             torch.cuda.empty_cache()
             expected = estimate(case, block, plain)
             row = {"case": name, "run": run, "peak": peak, "estimate": expected, "ms": ms}
-            rows.append(row)
+            rows.append(row | {"busy": busy})
             (args.out / "memory.json").write_text(json.dumps(rows, indent=1))
             (args.out / "memory.md").write_text(table(rows) + "\n")
-            print(table([*rows])[-300:].splitlines()[-1], flush=True)
+            print(table(rows).splitlines()[-1], flush=True)
     torch.distributed.destroy_process_group()
 
 

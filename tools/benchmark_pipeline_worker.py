@@ -11,7 +11,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -52,7 +51,7 @@ from megatron_mhc.pipeline.boundary import flat_output  # noqa: E402
 from megatron_mhc.pipeline.copy_tracks import CopyTracks  # noqa: E402
 from megatron_mhc.pipeline.tracks import Tracks  # noqa: E402
 from megatron_mhc.pipeline.transport import make_tracks  # noqa: E402
-from megatron_mhc.report.trace import busy_us, read_kernels, window_us  # noqa: E402
+from megatron_mhc.report.trace import busy_us, profile_step, window_us  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -308,20 +307,6 @@ def time_steps(case: Case) -> tuple[list[float], float | None]:
     return [max(ranks) for ranks in zip(*gathered(times), strict=True)], loss
 
 
-def profile_step(case: Case) -> list:
-    """The kernels of one step of this rank."""
-    from torch.profiler import ProfilerActivity, profile
-
-    dist.barrier()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        case.step()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(path))
-        return read_kernels(json.loads(path.read_text()), dist.get_rank())
-
-
 def idle_times(case: Case, kernels: list, stages: int, chunks: int) -> dict:
     """Where a profiled step's time went, per rank, in ms.
 
@@ -382,7 +367,9 @@ def run_case(settings: dict, name: str, division: Division) -> tuple[dict, list]
     }
     kernels = []
     if GPU and settings["profile"]:
-        kernels = [kernel for rank in gathered(profile_step(case)) for kernel in rank]
+        dist.barrier()
+        mine = profile_step(case.step, dist.get_rank())
+        kernels = [kernel for rank in gathered(mine) for kernel in rank]
         result |= idle_times(case, kernels, division.stages, division.chunks)
     case.close()
     return {**result, "seconds": time.perf_counter() - begin}, kernels

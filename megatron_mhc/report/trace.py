@@ -1,9 +1,12 @@
 """Kernels of a profiled step, by rank and by the stream that they ran on."""
 
+import json
 import re
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 MAIN, PRIORITY, NCCL, COPIES, OTHER = "main", "priority", "NCCL", "copy engine", "other"
 TRANSFERS = {NCCL: "nccl", COPIES: "Memcpy PtoP"}
@@ -68,6 +71,20 @@ def read_kernels(chrome: dict, rank: int) -> list[Kernel]:
         for event in events
     ]
     return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def profile_step(step: Callable[[], object], rank: int = 0) -> list[Kernel]:
+    """What ``step`` runs on this process's GPU, as :func:`read_kernels` gives it."""
+    import torch  # a trace can be read without it
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        return read_kernels(json.loads(path.read_text()), rank)
 
 
 def busy_us(kernels: Iterable[Kernel]) -> float:
