@@ -30,6 +30,14 @@ class _CudaMeansCpu(TorchFunctionMode):
             args = (args[0], "cpu", *args[2:])
         if kwargs.get("pin_memory"):  # for copies to a GPU; it needs CUDA's driver
             kwargs = {**kwargs, "pin_memory": False}
+        if function is torch.distributed.all_to_all_single:
+            # Megatron makes lists of those sizes that were on a GPU.
+            kwargs = {
+                name: value.tolist()
+                if name.endswith("split_sizes") and value is not None
+                else value
+                for name, value in kwargs.items()
+            }
         result = function(*args, **kwargs)
         # Megatron's optimizers tell fp32 from bf16 by these names, and know only CUDA's.
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -53,7 +61,10 @@ class _Stream:
     def _nothing(self, *args, **kwargs) -> None:
         return None
 
-    record = wait = wait_event = wait_stream = synchronize = record_event = _nothing
+    record = wait = wait_event = wait_stream = synchronize = _nothing
+
+    def record_event(self, event=None):
+        return event or _Stream()
 
     def query(self) -> bool:
         return True

@@ -9,10 +9,12 @@ class Layout:
 
     Attributes:
         tp, dp: tensor-parallel and data-parallel size.
+        ep: expert-parallel size, of the tensor- and data-parallel ranks.
     """
 
     tp: int
     dp: int
+    ep: int = 1
 
     @property
     def world(self) -> int:
@@ -30,6 +32,7 @@ class Case:
         bf16: wrapped in Megatron's Float16Module.
         sequence_parallel: tokens divided over the tensor-parallel ranks between the matrices.
         recompute: streams and sublayer inputs replayed in the backward pass.
+        experts: mixtures of experts for MLPs.
         optimizer: "" (gradients only), "plain" or "distributed" Adam, for two steps.
     """
 
@@ -38,10 +41,18 @@ class Case:
     bf16: bool = False
     sequence_parallel: bool = False
     recompute: bool = False
+    experts: bool = False
     optimizer: str = ""
 
 
-LAYOUTS = {"single": Layout(1, 1), "tp2": Layout(2, 1), "dp2": Layout(1, 2), "tp2dp2": Layout(2, 2)}
+LAYOUTS = {
+    "single": Layout(1, 1),
+    "tp2": Layout(2, 1),
+    "dp2": Layout(1, 2),
+    "tp2dp2": Layout(2, 2),
+    "dp2ep2": Layout(1, 2, ep=2),
+    "tp2dp2ep4": Layout(2, 2, ep=4),
+}
 
 CASES = {
     "sinkhorn": Case(),
@@ -52,6 +63,9 @@ CASES = {
     "sequence_parallel": Case(sequence_parallel=True),
     "classic_sequence_parallel": Case(classic=True, sequence_parallel=True),
     "recompute": Case(sequence_parallel=True, recompute=True),
+    "experts": Case(experts=True),
+    "experts_recompute": Case(experts=True, recompute=True),
+    "experts_sequence_parallel": Case(experts=True, sequence_parallel=True),
     "adam": Case(optimizer="plain"),
     "distributed_adam": Case(optimizer="distributed"),
     "bf16_adam": Case(optimizer="plain", bf16=True),
@@ -59,7 +73,7 @@ CASES = {
 }
 
 RUNS = {
-    "single": ("sinkhorn", "classic", "unconstrained", "identity", "bf16"),
+    "single": ("sinkhorn", "classic", "unconstrained", "identity", "bf16", "experts"),
     "tp2": (
         "sinkhorn",
         "classic",
@@ -79,5 +93,7 @@ RUNS = {
         "bf16_distributed_adam",
     ),
     "tp2dp2": ("sinkhorn", "classic", "sequence_parallel"),
+    "dp2ep2": ("experts", "experts_recompute"),
+    "tp2dp2ep4": ("experts_sequence_parallel",),
 }
 """Layout to the cases that run in it."""

@@ -4,6 +4,7 @@ Megatron is imported here: only after ``megatron_mhc.environment.prepare()``.
 """
 
 import dataclasses
+import re
 import zlib
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_mhc import MHCConfig, get_mhc_block_spec
 
 VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 128, 32, 2, 4
+EXPERTS = 4
 
 
 def layer_style(classic: bool) -> dict:
@@ -39,6 +41,14 @@ def layer_style(classic: bool) -> dict:
 
 
 def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
+    style = layer_style(case.classic)
+    if case.experts:
+        style |= {
+            "num_moe_experts": EXPERTS,
+            "moe_router_topk": 2,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+        }
     return TransformerConfig(
         num_layers=3,
         hidden_size=64,
@@ -48,6 +58,8 @@ def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
         sequence_parallel=case.sequence_parallel,
         bf16=case.bf16,
         params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
@@ -56,7 +68,7 @@ def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         finalize_model_grads_func=finalize_model_grads,
-        **layer_style(case.classic),
+        **style,
     )
 
 
@@ -71,7 +83,9 @@ def marked_torch_norm(config, hidden_size: int, eps: float, **unused) -> torch.n
 
 def block_spec(config: TransformerConfig, case: Case, **stage):
     """The mHC spec; ``stage`` is get_mhc_block_spec's, for a pipeline."""
-    plain = get_gpt_layer_local_spec(normalization=config.normalization)
+    plain = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization=config.normalization
+    )
     if case.sequence_parallel:
         plain.submodules = dataclasses.replace(
             plain.submodules,
@@ -102,13 +116,29 @@ def build_model(case: Case, layout: Layout, tp_rank: int) -> DistributedDataPara
         position_embedding_type="learned_absolute" if case.classic else "rope",
         share_embeddings_and_output_weights=case.classic,
     )
-    set_weights(model, case, layout.tp, tp_rank)
+    set_weights(model, case, layout.tp, tp_rank, whole_name)
     if case.bf16:
         model = Float16Module(config, model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=case.optimizer == "distributed"
     )
     return DistributedDataParallel(config, ddp_config, model)
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether a rank has a part; an expert is whole, whatever Megatron's mark says."""
+    expert = not getattr(parameter, "allreduce", True)
+    return getattr(parameter, "tensor_model_parallel", False) and not expert
+
+
+def whole_name(name: str) -> str:
+    """A parameter's name in the whole model: experts are numbered from the rank's first."""
+    first = parallel_state.get_expert_model_parallel_rank() * (
+        EXPERTS // parallel_state.get_expert_model_parallel_world_size()
+    )
+    return re.sub(
+        r"local_experts\.(\d+)", lambda found: f"local_experts.{first + int(found[1])}", name
+    )
 
 
 def set_weights(
@@ -123,7 +153,7 @@ def set_weights(
     for own_name, parameter in model.named_parameters():
         name = whole_name(own_name)
         dim = getattr(parameter, "partition_dim", 0)
-        sharded = getattr(parameter, "tensor_model_parallel", False)
+        sharded = is_sharded(parameter)
         shape = list(parameter.shape)
         if sharded:
             shape[dim] *= tp

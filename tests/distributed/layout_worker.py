@@ -26,7 +26,9 @@ from layout_model import (  # noqa: E402
     SEQUENCE,
     build_model,
     forward_step,
+    is_sharded,
     micro_batches,
+    whole_name,
 )
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -54,7 +56,7 @@ def forward_backward(model, layout: Layout, dp_rank: int) -> dict[int, torch.Ten
 
 def sharding(parameter) -> tuple[int, int] | None:
     """(partition_dim, partition_stride) of a tensor-parallel parameter, None of a replica."""
-    if not getattr(parameter, "tensor_model_parallel", False):
+    if not is_sharded(parameter):
         return None
     return parameter.partition_dim, parameter.partition_stride
 
@@ -64,7 +66,9 @@ def run_case(case: Case, layout: Layout) -> dict:
     model_parallel_cuda_manual_seed(1)
     dp_rank = parallel_state.get_data_parallel_rank()
     model = build_model(case, layout, parallel_state.get_tensor_model_parallel_rank())
-    named = {name.removeprefix("module."): p for name, p in model.module.named_parameters()}
+    named = {
+        whole_name(name.removeprefix("module.")): p for name, p in model.module.named_parameters()
+    }
     result = {
         "dtypes": {name: p.dtype for name, p in named.items()},
         "sharding": {name: sharding(p) for name, p in named.items()},
@@ -106,7 +110,11 @@ def run_rank(folder: Path, name: str, rank: int) -> None:
         world_size=layout.world,
         timeout=datetime.timedelta(seconds=60),
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+    )
     for case in RUNS[name]:
         try:
             result = run_case(CASES[case], layout)
