@@ -121,6 +121,7 @@ def stand_in_for_cuda() -> None:
     torch.cuda.nvtx.range_push = _returning(None)
     torch.cuda.nvtx.range_pop = _returning(None)
     torch.nn.Module.cuda = lambda module, device=None: module
+    torch.Tensor.record_stream = _returning(None)
 
     # Megatron compiles and warms up its fused functions: half a minute of C++ for a small model.
     torch._dynamo.config.disable = True

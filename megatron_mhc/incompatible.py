@@ -46,6 +46,12 @@ def _gains_of_stages(args: argparse.Namespace) -> object:
     return args.mhc_log_gain_interval or None
 
 
+def _with_combined_1f1b(name: str) -> Callable[[argparse.Namespace], object]:
+    return lambda args: (
+        (getattr(args, name, None) or None) if args.overlap_moe_expert_parallel_comm else None
+    )
+
+
 _LEAVE_OUT = "leave it out with --mhc"
 
 INCOMPATIBLE: tuple[Incompatibility, ...] = (
@@ -78,10 +84,15 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
         "leave it out; sequence parallelism splits the streams that are kept",
     ),
     Incompatibility(
-        "--overlap-moe-expert-parallel-comm",
-        _set("overlap_moe_expert_parallel_comm"),
-        "its schedule (combined 1F1B) runs the parts of Megatron's own layer and never calls this "
-        "layer's forward, so the streams would be left out; leave it out with --mhc",
+        "--mhc-recompute",
+        _with_combined_1f1b("mhc_recompute"),
+        "--overlap-moe-expert-parallel-comm cuts the graph that it replays; leave one of them out",
+    ),
+    Incompatibility(
+        "--mhc-log-gain-interval",
+        _with_combined_1f1b("mhc_log_gain_interval"),
+        "--overlap-moe-expert-parallel-comm runs no layer's forward pass, where gains are taken; "
+        "use 0",
     ),
     Incompatibility(
         "--fine-grained-activation-offloading",

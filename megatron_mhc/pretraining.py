@@ -135,13 +135,14 @@ def make_forward_step():
     """The ``forward_step_func`` of ``pretrain``: a micro-batch through the model, gains logged."""
     gain_log = GainLog()
 
-    def forward_step(data_iterator, model):
+    def forward_step(data_iterator, model, return_schedule_plan: bool = False):
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
         timers("batch-generator").stop()
+        run = model.build_schedule_plan if return_schedule_plan else model
         with gain_log.around_forward(model):
-            losses = model(
+            losses = run(
                 batch["tokens"],
                 batch["position_ids"],
                 batch["attention_mask"],

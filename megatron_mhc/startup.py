@@ -99,7 +99,11 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     if mhc is not None and mhc.recompute:
         lines.append(describe_blocks(mhc, _stage_layers(model.transformer)))
     lines += check_checkpoint(args)
-    flags = ["--mhc-recompute"] if mhc is not None and mhc.recompute else []
+    used = {
+        "--mhc-recompute": mhc is not None and mhc.recompute,
+        "--overlap-moe-expert-parallel-comm": args.overlap_moe_expert_parallel_comm,
+    }
+    flags = [flag for flag, use in used.items() if use]
     try:
         patches.apply(force=args.mhc_force_patches, flags=flags)
     except patches.PatchRefused as refusal:

@@ -15,6 +15,7 @@ from . import (
     cpu_initialize,
     cpu_rng_fork,
     cpu_rng_state,
+    layer_callables,
     te_normalization,
     transformer_block,
 )
@@ -39,6 +40,7 @@ PATCHES: tuple[Patch, ...] = (
     transformer_block.PATCH,
     checkpointed_forward.PATCH,
     te_normalization.PATCH,
+    layer_callables.PATCH,
     cpu_initialize.PATCH,
     cpu_data_iterators.PATCH,
     cpu_rng_state.PATCH,

@@ -33,6 +33,7 @@ class Case:
         sequence_parallel: tokens divided over the tensor-parallel ranks between the matrices.
         recompute: streams and sublayer inputs replayed in the backward pass.
         experts: mixtures of experts for MLPs.
+        combined: combined 1F1B.
         optimizer: "" (gradients only), "plain" or "distributed" Adam, for two steps.
     """
 
@@ -42,6 +43,7 @@ class Case:
     sequence_parallel: bool = False
     recompute: bool = False
     experts: bool = False
+    combined: bool = False
     optimizer: str = ""
 
 
@@ -66,6 +68,7 @@ CASES = {
     "experts": Case(experts=True),
     "experts_recompute": Case(experts=True, recompute=True),
     "experts_sequence_parallel": Case(experts=True, sequence_parallel=True),
+    "experts_combined": Case(experts=True, combined=True),
     "adam": Case(optimizer="plain"),
     "distributed_adam": Case(optimizer="distributed"),
     "bf16_adam": Case(optimizer="plain", bf16=True),
@@ -93,7 +96,7 @@ RUNS = {
         "bf16_distributed_adam",
     ),
     "tp2dp2": ("sinkhorn", "classic", "sequence_parallel"),
-    "dp2ep2": ("experts", "experts_recompute"),
+    "dp2ep2": ("experts", "experts_recompute", "experts_combined"),
     "tp2dp2ep4": ("experts_sequence_parallel",),
 }
 """Layout to the cases that run in it."""

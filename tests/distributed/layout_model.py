@@ -48,8 +48,9 @@ def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
             "moe_router_topk": 2,
             "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "alltoall",
+            "overlap_moe_expert_parallel_comm": case.combined,
         }
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=3,
         hidden_size=64,
         ffn_hidden_size=96,
@@ -61,7 +62,7 @@ def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
         sequence_parallel=case.sequence_parallel,
-        bf16=case.bf16,
+        bf16=case.bf16 or case.combined,  # combined 1F1B is refused otherwise
         params_dtype=torch.bfloat16 if case.bf16 else torch.float32,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
@@ -70,6 +71,8 @@ def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
         finalize_model_grads_func=finalize_model_grads,
         **style,
     )
+    config.bf16 = case.bf16
+    return config
 
 
 def marked_torch_norm(config, hidden_size: int, eps: float, **unused) -> torch.nn.Module:
@@ -192,13 +195,14 @@ def micro_batches(dp: int, dp_rank: int):
         }
 
 
-def forward_step(iterator, model):
+def forward_step(iterator, model, return_schedule_plan: bool = False):
     """Megatron's forward_step_func: the sum of the unmasked losses, their count, and the mean.
 
     The mean is over all context-parallel ranks, the sum and the count are this rank's.
     """
     batch = next(iterator)
-    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    run = model.build_schedule_plan if return_schedule_plan else model
+    losses = run(batch["tokens"], batch["positions"], None, labels=batch["labels"])
 
     def loss(losses):
         total, count = (losses.float() * batch["mask"]).sum(), batch["mask"].sum()

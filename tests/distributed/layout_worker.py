@@ -125,7 +125,7 @@ def run_rank(folder: Path, name: str, rank: int) -> None:
 
 
 def main(folder: Path) -> None:
-    patches.apply()
+    patches.apply(flags=["--overlap-moe-expert-parallel-comm"])
     fork = multiprocessing.get_context("fork")
     for name, layout in LAYOUTS.items():
         processes = [

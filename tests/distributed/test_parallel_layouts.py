@@ -24,6 +24,7 @@ REFERENCE = {
     "classic_sequence_parallel": "classic",
     "recompute": "sinkhorn",
     "experts_recompute": "experts",
+    "experts_combined": "experts",
     "experts_sequence_parallel": "experts",
 }
 """Cases that no single process runs, to the case whose numbers they must give."""
