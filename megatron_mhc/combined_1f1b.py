@@ -95,6 +95,8 @@ def layer_callables(layer: MHCTransformerLayer) -> tuple[list, dict]:
     mhc = layer.mhc
 
     def attention_of_streams(node, hidden_states: Tensor):
+        # The layer before made them on combine's stream.
+        hidden_states.record_stream(torch.cuda.current_stream())
         if node.is_first_layer and node.chunk_state.model.pre_process:
             entry = StreamState.expand(hidden_states, mhc.num_streams, mhc.backend)
             hidden_states = entry.to_flat(mhc.backend)

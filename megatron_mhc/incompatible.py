@@ -47,9 +47,11 @@ def _gains_of_stages(args: argparse.Namespace) -> object:
 
 
 def _with_combined_1f1b(name: str) -> Callable[[argparse.Namespace], object]:
-    return lambda args: (
-        (getattr(args, name, None) or None) if args.overlap_moe_expert_parallel_comm else None
-    )
+    def used(args: argparse.Namespace) -> object:
+        combined = getattr(args, "overlap_moe_expert_parallel_comm", False)
+        return (getattr(args, name) or None) if combined else None
+
+    return used
 
 
 _LEAVE_OUT = "leave it out with --mhc"

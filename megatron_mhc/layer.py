@@ -5,7 +5,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from . import patches, recompute_sublayer
+from . import recompute_sublayer
 from .config import MHCConfig
 from .hyper_connection import HyperConnection
 from .state import StreamState
@@ -37,10 +37,6 @@ class MHCTransformerLayer(TransformerLayer):
     Args:
         mhc: the model's hyper-connection settings; the rest is TransformerLayer's.
 
-    Raises:
-        ValueError: recompute in a model of combined 1F1B.
-        RuntimeError: the patch of combined 1F1B is not applied.
-
     Attributes:
         starts_recomputed_block: the streams before this layer are kept for the backward pass; the
             transformer block sets it.
@@ -48,13 +44,6 @@ class MHCTransformerLayer(TransformerLayer):
 
     def __init__(self, config, submodules, *args, mhc: MHCConfig, **kwargs) -> None:
         super().__init__(config, submodules, *args, **kwargs)
-        if config.overlap_moe_expert_parallel_comm:
-            patches.require("layer_callables")
-            if mhc.recompute:
-                raise ValueError(
-                    "recompute=True with overlap_moe_expert_parallel_comm=True: combined 1F1B cuts "
-                    "the graph that recompute replays; set one of them to False"
-                )
         self.mhc = mhc
         first_sublayer = 2 * (self.layer_number - 1)
         self.self_attention_hyper_connection = self._connection(first_sublayer)

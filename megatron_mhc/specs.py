@@ -43,9 +43,16 @@ def get_mhc_block_spec(
 
     Raises:
         RuntimeError: the patches are not applied (``megatron_mhc.patches.apply()``).
-        ValueError: a layer that mHC does not know how to convert.
+        ValueError: a layer that mHC does not know how to convert, or recompute under combined 1F1B.
     """
     patches.require("transformer_block")
+    if config.overlap_moe_expert_parallel_comm:
+        patches.require("layer_callables")
+        if mhc.recompute:
+            raise ValueError(
+                "recompute=True with overlap_moe_expert_parallel_comm=True: combined 1F1B cuts the "
+                "graph that recompute replays; set one of them to False"
+            )
     plain = _get_block_submodules(config, plain_spec, vp_stage, pp_rank)
     return MHCBlockSubmodules(
         layer_specs=[_convert_layer(config, spec, mhc) for spec in plain.layer_specs],

@@ -50,6 +50,12 @@ def _model_line(args: argparse.Namespace, mhc: MHCConfig | None) -> str:
     return f"{line}, kernels: {chosen} (--mhc-backend {mhc.backend})"
 
 
+_COMBINED = (
+    "mHC: combined 1F1B, a mixture's merge follows its combine on a high-priority stream "
+    "(--overlap-moe-expert-parallel-comm)"
+)
+
+
 def _pipeline_line(config, communicator: DeferredCommunicator, overlap: str) -> str:
     """Which schedule and which streams are in use."""
     chunks = config.virtual_pipeline_model_parallel_size
@@ -112,6 +118,9 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
 
     slots = {}
     if mhc is not None:
+        if args.overlap_moe_expert_parallel_comm:
+            model.transformer.high_priority_a2a_comm_stream = True
+            lines.insert(1, _COMBINED)
         overlap = args.mhc_pipeline_overlap
         communicator = make_communicator(
             model.transformer, mhc.num_streams, overlap, args.mhc_pipeline_transport

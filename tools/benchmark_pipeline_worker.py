@@ -49,6 +49,7 @@ from megatron_mhc import MHCConfig, get_mhc_block_spec, patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, PriorityStream, send_boundary  # noqa: E402
 from megatron_mhc.pipeline.boundary import flat_output  # noqa: E402
 from megatron_mhc.pipeline.copy_tracks import CopyTracks  # noqa: E402
+from megatron_mhc.pipeline.schedule_model import Schedule  # noqa: E402
 from megatron_mhc.pipeline.tracks import Tracks  # noqa: E402
 from megatron_mhc.pipeline.transport import make_tracks  # noqa: E402
 from megatron_mhc.report.trace import busy_us, profile_step, window_us  # noqa: E402
@@ -213,7 +214,7 @@ class Division:
             if mode.carrier == "shared":
                 tracks = MegatronsGroups(self.group, wraps)
             elif mode.carrier == "auto":
-                tracks = make_tracks(self.group, "auto", self.chunks, 0, self._priority)
+                tracks = make_tracks(self.group, "auto", Schedule(self.chunks), self._priority)
             else:
                 tracks = Tracks(self.group, wraps, ctas=mode.ctas)
             self._tracks[mode.carrier] = tracks, bandwidth(tracks, self._message)

@@ -10,6 +10,7 @@ from .boundary import PriorityStream, ProgramOrder
 from .copy_tracks import CopyTracks
 from .outbox import Outbox
 from .replays import ReplayedBefore
+from .schedule_model import Schedule
 from .tracks import Tracks
 from .transport import TRANSPORTS, make_tracks
 
@@ -67,11 +68,15 @@ class PipelineCommunicator(P2PCommunicator):
             transport=transport,
         )
         if boundary is not None:
-            chunks = config.virtual_pipeline_model_parallel_size or 1
             group = config.microbatch_group_size_per_vp_stage
             boundary.replays.group = group
             if tracks is None:
-                tracks = make_tracks(pp_group, transport, chunks, group, boundary)
+                schedule = Schedule(
+                    chunks=config.virtual_pipeline_model_parallel_size or 1,
+                    group=group or 0,
+                    combined=config.overlap_moe_expert_parallel_comm,
+                )
+                tracks = make_tracks(pp_group, transport, schedule, boundary)
             self._tracks = tracks
 
     def _check_config(self) -> None:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from .agreement import gather
 from .inbox import Inbox, Outlet
-from .schedule_model import messages_held
+from .schedule_model import Schedule, messages_held
 from .tracks import KIND, neighbour_place
 
 LEAD = 2
@@ -41,7 +41,7 @@ class CopyTracks:
     Args:
         pp_group: the stages.
         engine: a CopyEngine.
-        chunks, group: of the interleaved schedule; 1 and 0 without.
+        schedule: that of the pipeline.
         streams: what may read a message beside the stream that waited for it.
         seconds: how long a host waits for its neighbour's.
 
@@ -55,23 +55,22 @@ class CopyTracks:
         self,
         pp_group: ProcessGroup,
         engine,
-        chunks: int = 1,
-        group: int = 0,
+        schedule: Schedule,
         streams: tuple = (),
         seconds: float = 600,
     ) -> None:
         self.pp_group = pp_group
         self.engine = engine
-        self._chunks = chunks
+        self._wraps = schedule.chunks > 1
         self._streams = streams
         self._seconds = seconds
-        self._slots = messages_held(pp_group.size(), pp_group.rank(), chunks, group)
+        self._slots = messages_held(pp_group.size(), pp_group.rank(), schedule)
         self._ends: dict[int, dict[str, Inbox | Outlet]] = {}
         self._ends_for(1)
 
     def _has(self, name: str) -> bool:
         """Whether this stage ever calls operation ``name``."""
-        if self._chunks > 1:
+        if self._wraps:
             return True
         end = 0 if name.endswith("prev") else self.pp_group.size() - 1
         return self.pp_group.rank() != end

@@ -1,10 +1,26 @@
 """Megatron's schedules on paper: how many messages a stage holds at once."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
 FORWARD, BACKWARD = 1, 2
 """How long a chunk's passes take, in units of the forward pass."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which of Megatron's schedules a pipeline runs.
+
+    Attributes:
+        chunks: of a stage; 1 is 1F1B, more are interleaved.
+        group: microbatch_group_size_per_vp_stage; 0 is the number of stages.
+        combined: combined 1F1B.
+    """
+
+    chunks: int = 1
+    group: int = 0
+    combined: bool = False
 
 
 def _forward_order(micro_batches: int, chunks: int, group: int) -> list[tuple[int, int]]:
@@ -17,62 +33,66 @@ def _forward_order(micro_batches: int, chunks: int, group: int) -> list[tuple[in
     ]
 
 
-def _passes(
-    stages: int, rank: int, chunks: int, group: int, micro_batches: int
-) -> Iterator[tuple[str, int, int]]:
-    """("F" or "B", place of the chunk among all stages, micro-batch) of a rank, in order."""
+def _steps(
+    stages: int, rank: int, schedule: Schedule, micro_batches: int
+) -> Iterator[list[tuple[str, int, int]]]:
+    """What a rank does at a time, in order: passes, each ("F" or "B", place of the chunk among all
+    stages, micro-batch). Only combined 1F1B does two at a time.
+    """
+    chunks, group = schedule.chunks, schedule.group or stages
     forwards = _forward_order(micro_batches, chunks, group)
     warm_up = stages - rank - 1
     if chunks > 1:
-        warm_up = 2 * warm_up + (chunks - 1) * group
+        warm_up = 2 * warm_up + (chunks - 1) * group + schedule.combined
     for index in range(len(forwards) + warm_up):
+        passes = []
         if index < len(forwards):
             chunk, micro_batch = forwards[index]
-            yield "F", chunk * stages + rank, micro_batch
+            passes.append(("F", chunk * stages + rank, micro_batch))
         if 0 <= index - warm_up < len(forwards):
             chunk, micro_batch = forwards[index - warm_up]
-            yield "B", (chunks - 1 - chunk) * stages + rank, micro_batch
+            passes.append(("B", (chunks - 1 - chunk) * stages + rank, micro_batch))
+        yield from [passes] if schedule.combined else ([one] for one in passes)
 
 
-def _ends(stages: int, chunks: int, group: int, micro_batches: int) -> dict[tuple, int]:
+def _ends(stages: int, schedule: Schedule, micro_batches: int) -> dict[tuple, int]:
     """When each pass of a step is over, where transfers take no time."""
-    waiting = [list(_passes(stages, rank, chunks, group, micro_batches)) for rank in range(stages)]
-    last = stages * chunks - 1
+    waiting = [list(_steps(stages, rank, schedule, micro_batches)) for rank in range(stages)]
+    last = stages * schedule.chunks - 1
     over: dict[tuple, int] = {}
     free = [0] * stages
+
+    def input_end(kind: str, place: int, micro_batch: int) -> int | None:
+        if place == (0 if kind == "F" else last):
+            return 0 if kind == "F" else over.get(("F", last, micro_batch))
+        return over.get((kind, place + (-1 if kind == "F" else 1), micro_batch))
+
     while any(waiting):
-        for rank, passes in enumerate(waiting):
-            while passes:
-                kind, place, micro_batch = passes[0]
-                needs = ("F", place - 1) if kind == "F" else ("B", place + 1)
-                input_end = over.get((*needs, micro_batch))
-                if input_end is None and place != (0 if kind == "F" else last):
+        for rank, steps in enumerate(waiting):
+            while steps:
+                inputs = [input_end(*one) for one in steps[0]]
+                if None in inputs:
                     break
-                start = max(free[rank], input_end or 0)
-                free[rank] = start + (FORWARD if kind == "F" else BACKWARD)
-                over[tuple(passes.pop(0))] = free[rank]
+                free[rank] = max(free[rank], *inputs)
+                free[rank] += sum(FORWARD if one[0] == "F" else BACKWARD for one in steps[0])
+                over |= dict.fromkeys(steps.pop(0), free[rank])
     return over
 
 
 @cache
-def messages_held(stages: int, rank: int, chunks: int = 1, group: int = 0) -> tuple[int, int]:
+def messages_held(stages: int, rank: int, schedule: Schedule) -> tuple[int, int]:
     """The most activations, and the most gradients, that ``rank`` has been sent and still holds.
 
     Both are held until the backward pass that reads them is over. Transfers take no time and no
     send waits, so a schedule that has as much room never waits for it (a Kahn network that
     completes with bounded buffers does so in any timing).
-
-    Args:
-        stages, rank, chunks: of the pipeline. group: microbatch_group_size_per_vp_stage; 0 is
-            ``stages``.
     """
-    group = group or stages
-    micro_batches = max(4 * stages, 3 * group)
-    over = _ends(stages, chunks, group, micro_batches)
+    micro_batches = max(4 * stages, 3 * (schedule.group or stages))
+    over = _ends(stages, schedule, micro_batches)
     most = []
     for kind, step in (("F", -1), ("B", 1)):
         changes = []
-        for place in range(rank, stages * chunks, stages):
+        for place in range(rank, stages * schedule.chunks, stages):
             for micro_batch in range(micro_batches):
                 sent = over.get((kind, place + step, micro_batch))
                 if sent is not None:

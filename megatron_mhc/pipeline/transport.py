@@ -10,6 +10,7 @@ from megatron_mhc.errors import UserError
 
 from .agreement import gather
 from .copy_tracks import CopyTracks
+from .schedule_model import Schedule
 from .tracks import Tracks
 
 TRANSPORTS = ("auto", "copy", "nccl")
@@ -26,13 +27,13 @@ class TransportRefused(UserError):
 
 
 def make_tracks(
-    pp_group: ProcessGroup, wanted: str, chunks: int, group: int, boundary
+    pp_group: ProcessGroup, wanted: str, schedule: Schedule, boundary
 ) -> CopyTracks | Tracks:
     """What boundaries are sent over; a collective of all ranks of the job.
 
     Args:
         wanted: one of TRANSPORTS; auto is copy where it can be had, else says why it is not.
-        chunks, group: of the interleaved schedule, 1 and 0 without.
+        schedule: that of the pipeline.
         boundary: a PriorityStream or ProgramOrder.
 
     Raises:
@@ -42,7 +43,7 @@ def make_tracks(
     if wanted == "copy" or (wanted == "auto" and on_gpus):
         tracks = why = None
         try:
-            tracks = _copies(pp_group, chunks, group, boundary)
+            tracks = _copies(pp_group, schedule, boundary)
         except (RuntimeError, OSError) as error:
             why = str(error)
         # All pipelines or none: NCCL's groups are made by all ranks of the job together.
@@ -54,8 +55,8 @@ def make_tracks(
             raise TransportRefused(f"--mhc-pipeline-transport copy: {why}; use auto or nccl")
         _say(f"mHC pipeline: transfers go over NCCL, not by copy engines: {why}")
     if on_gpus:
-        return _fewest_sms(pp_group, wraps=chunks > 1)
-    return Tracks(pp_group, wraps=chunks > 1)
+        return _fewest_sms(pp_group, wraps=schedule.chunks > 1)
+    return Tracks(pp_group, wraps=schedule.chunks > 1)
 
 
 def _fewest_sms(pp_group: ProcessGroup, wraps: bool) -> Tracks:
@@ -77,7 +78,7 @@ def _fewest_sms(pp_group: ProcessGroup, wraps: bool) -> Tracks:
     return tracks[chosen]
 
 
-def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTracks:
+def _copies(pp_group: ProcessGroup, schedule: Schedule, boundary) -> CopyTracks:
     """Raises RuntimeError or OSError on every rank if one of them cannot."""
     why = None
     if torch.distributed.get_backend(pp_group) != "nccl":
@@ -95,7 +96,7 @@ def _copies(pp_group: ProcessGroup, chunks: int, group: int, boundary) -> CopyTr
 
     engine, streams = CopyEngine(), (boundary.stream,)
     timeout = pp_group._get_backend(engine.device).options._timeout  # NCCL's
-    return CopyTracks(pp_group, engine, chunks, group, streams, timeout.total_seconds())
+    return CopyTracks(pp_group, engine, schedule, streams, timeout.total_seconds())
 
 
 def _say(line: str) -> None:

@@ -14,14 +14,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_mhc import MHCConfig, get_mhc_block_spec
 
 VOCABULARY, SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 128, 32, 2, 4
-EXPERTS = 4
+LAYERS, EXPERTS = 3, 4
 
 
 def layer_style(classic: bool) -> dict:
@@ -40,18 +40,25 @@ def layer_style(classic: bool) -> dict:
     }
 
 
+def mixture_style(layers: int, combined: bool) -> dict:
+    """Mixtures of experts for all MLPs but the first, as settings of a TransformerConfig."""
+    return {
+        "num_moe_experts": EXPERTS,
+        "moe_layer_freq": [0] + [1] * (layers - 1),
+        "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": 48,
+        "moe_token_dispatcher_type": "alltoall",
+        "overlap_moe_expert_parallel_comm": combined,
+    }
+
+
 def transformer_config(case: Case, layout: Layout) -> TransformerConfig:
     style = layer_style(case.classic)
     if case.experts:
-        style |= {
-            "num_moe_experts": EXPERTS,
-            "moe_router_topk": 2,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
-            "overlap_moe_expert_parallel_comm": case.combined,
-        }
+        style |= mixture_style(LAYERS, case.combined)
     config = TransformerConfig(
-        num_layers=3,
+        num_layers=LAYERS,
         hidden_size=64,
         ffn_hidden_size=96,
         num_attention_heads=4,
@@ -86,17 +93,21 @@ def marked_torch_norm(config, hidden_size: int, eps: float, **unused) -> torch.n
 
 def block_spec(config: TransformerConfig, case: Case, **stage):
     """The mHC spec; ``stage`` is get_mhc_block_spec's, for a pipeline."""
-    plain = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, normalization=config.normalization
+    plain = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        vp_stage=stage.get("vp_stage"),
     )
-    if case.sequence_parallel:
-        plain.submodules = dataclasses.replace(
-            plain.submodules,
-            input_layernorm=marked_torch_norm,
-            pre_mlp_layernorm=marked_torch_norm,
-        )
-    if config.context_parallel_size > 1:
-        plain.submodules.self_attention.submodules.core_attention = GatheredAttention
+    for layer in plain.layer_specs:
+        if case.sequence_parallel:
+            layer.submodules = dataclasses.replace(
+                layer.submodules,
+                input_layernorm=marked_torch_norm,
+                pre_mlp_layernorm=marked_torch_norm,
+            )
+        if config.context_parallel_size > 1:
+            layer.submodules.self_attention.submodules.core_attention = GatheredAttention
     mhc = MHCConfig(
         residual_mixing=case.mixing,
         recompute=case.recompute,
@@ -119,7 +130,7 @@ def build_model(case: Case, layout: Layout, tp_rank: int) -> DistributedDataPara
         position_embedding_type="learned_absolute" if case.classic else "rope",
         share_embeddings_and_output_weights=case.classic,
     )
-    set_weights(model, case, layout.tp, tp_rank, whole_name)
+    set_weights(model, case, layout.tp, tp_rank, name_of_expert)
     if case.bf16:
         model = Float16Module(config, model)
     ddp_config = DistributedDataParallelConfig(
@@ -134,7 +145,7 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return getattr(parameter, "tensor_model_parallel", False) and not expert
 
 
-def whole_name(name: str) -> str:
+def name_of_expert(name: str) -> str:
     """A parameter's name in the whole model: experts are numbered from the rank's first."""
     first = parallel_state.get_expert_model_parallel_rank() * (
         EXPERTS // parallel_state.get_expert_model_parallel_world_size()

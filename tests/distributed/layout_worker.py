@@ -28,7 +28,7 @@ from layout_model import (  # noqa: E402
     forward_step,
     is_sharded,
     micro_batches,
-    whole_name,
+    name_of_expert,
 )
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
@@ -67,7 +67,8 @@ def run_case(case: Case, layout: Layout) -> dict:
     dp_rank = parallel_state.get_data_parallel_rank()
     model = build_model(case, layout, parallel_state.get_tensor_model_parallel_rank())
     named = {
-        whole_name(name.removeprefix("module.")): p for name, p in model.module.named_parameters()
+        name_of_expert(name.removeprefix("module.")): p
+        for name, p in model.module.named_parameters()
     }
     result = {
         "dtypes": {name: p.dtype for name, p in named.items()},

@@ -10,6 +10,8 @@ class Pipeline:
     Attributes:
         pp, vpp, tp, cp: stages, chunks per stage (1: no interleaving), tensor-parallel and
             context-parallel size.
+        ep: expert-parallel size, and data-parallel size; all run the same micro-batches.
+        experts, combined: mixtures of experts for MLPs; combined 1F1B.
         micro_batches, group: their count, and how many run one chunk in a row (0: pp of them).
         overlap: "none" or "post".
         tied: the output layer shares the embedding; then also LayerNorm, biases and learned
@@ -28,6 +30,9 @@ class Pipeline:
     vpp: int = 1
     tp: int = 1
     cp: int = 1
+    ep: int = 1
+    experts: bool = False
+    combined: bool = False
     micro_batches: int = 4
     group: int = 0
     overlap: str = "post"
@@ -46,7 +51,7 @@ class Pipeline:
     @property
     def stage_ranks(self) -> int:
         """How many processes share a stage."""
-        return self.tp * self.cp
+        return self.tp * self.cp * self.ep
 
     @property
     def world(self) -> int:
@@ -62,12 +67,13 @@ class Pipeline:
     def one_stage(self) -> "Pipeline":
         """The same training in one stage: without the pipeline."""
         plain = Pipeline(pp=1, micro_batches=self.micro_batches, tied=self.tied, layers=self.layers)
-        return replace(plain, tp=self.tp, cp=self.cp, sequence_parallel=self.sequence_parallel)
+        plain = replace(plain, experts=self.experts, sequence_parallel=self.sequence_parallel)
+        return replace(plain, tp=self.tp, cp=self.cp, ep=self.ep)
 
     @property
     def single(self) -> "Pipeline":
         """The same training in one process."""
-        return replace(self.one_stage, tp=1, cp=1, sequence_parallel=False)
+        return replace(self.one_stage, tp=1, cp=1, ep=1, sequence_parallel=False)
 
 
 PIPELINES = (
@@ -103,6 +109,9 @@ PIPELINES = (
     Pipeline(pp=1, tp=2, cp=2, layers=8, sequence_parallel=True),
     Pipeline(pp=2, cp=2, micro_batches=3, tied=True, recompute=True),
     Pipeline(pp=2, vpp=2, cp=2, layers=8, replay=True),
+    Pipeline(pp=2, vpp=2, ep=2, experts=True, layers=4, combined=True),
+    Pipeline(pp=2, vpp=2, ep=2, experts=True, layers=4, combined=True, copies=True),
+    Pipeline(pp=2, vpp=2, ep=2, experts=True, layers=4, combined=True, overlap="none"),
 )
 RANDOM_PIPELINES = 10
 

@@ -7,7 +7,7 @@ import re
 
 import torch
 from layout_cases import Case
-from layout_model import block_spec, layer_style, set_weights
+from layout_model import block_spec, layer_style, mixture_style, name_of_expert, set_weights
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -40,8 +40,10 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
         }
     if pipeline.layout:
         style["pipeline_model_parallel_layout"] = pipeline.layout
+    if pipeline.experts:
+        style |= mixture_style(pipeline.layers, pipeline.combined)
     overlap_p2p = pipeline.vpp > 1 and pipeline.overlap_p2p
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=pipeline.layers,
         hidden_size=pipeline.hidden,
         ffn_hidden_size=pipeline.hidden * 3 // 2,
@@ -51,11 +53,12 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
         attention_dropout=0.0,
         tensor_model_parallel_size=pipeline.tp,
         context_parallel_size=pipeline.cp,
+        expert_model_parallel_size=pipeline.ep,
         pipeline_model_parallel_size=pipeline.pp,
         virtual_pipeline_model_parallel_size=pipeline.vpp if pipeline.vpp > 1 else None,
         microbatch_group_size_per_vp_stage=pipeline.group or None,
         sequence_parallel=pipeline.sequence_parallel,
-        bf16=pipeline.bf16,
+        bf16=pipeline.bf16 or pipeline.combined,  # combined 1F1B is refused otherwise
         params_dtype=dtype(pipeline),
         pipeline_dtype=dtype(pipeline),
         masked_softmax_fusion=False,
@@ -69,6 +72,8 @@ def transformer_config(pipeline: Pipeline) -> TransformerConfig:
         finalize_model_grads_func=finalize_model_grads,
         **style,
     )
+    config.bf16 = pipeline.bf16
+    return config
 
 
 def whole_name(chunk: GPTModel, name: str, pipeline: Pipeline) -> str:
@@ -78,7 +83,7 @@ def whole_name(chunk: GPTModel, name: str, pipeline: Pipeline) -> str:
     return re.sub(
         r"decoder\.layers\.(\d+)",
         lambda found: f"decoder.layers.{chunk.decoder.layers[int(found[1])].layer_number - 1}",
-        name,
+        name_of_expert(name),
     )
 
 

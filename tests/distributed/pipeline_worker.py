@@ -24,7 +24,7 @@ environment.prepare()
 from host_engine import HostEngine  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from layout_model import forward_step  # noqa: E402
+from layout_model import forward_step, is_sharded  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func, schedules  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
@@ -44,6 +44,7 @@ from megatron_mhc import patches  # noqa: E402
 from megatron_mhc.pipeline import PipelineCommunicator, send_boundary  # noqa: E402
 from megatron_mhc.pipeline.copy_tracks import CopyTracks  # noqa: E402
 from megatron_mhc.pipeline.replays import Replays  # noqa: E402
+from megatron_mhc.pipeline.schedule_model import Schedule  # noqa: E402
 from megatron_mhc.recompute_ahead import InFlight  # noqa: E402
 
 
@@ -105,7 +106,8 @@ def run_pipeline(pipeline: Pipeline) -> dict:
         group = parallel_state.get_pipeline_model_parallel_group()
         tracks = None
         if pipeline.copies:
-            tracks = CopyTracks(group, HostEngine(), pipeline.vpp, pipeline.group, seconds=60)
+            schedule = Schedule(pipeline.vpp, pipeline.group, pipeline.combined)
+            tracks = CopyTracks(group, HostEngine(), schedule, seconds=60)
         communication["p2p_communicator"] = PipelineCommunicator(
             group, chunks[0].module.config, STREAMS, boundary, tracks
         )
@@ -129,9 +131,7 @@ def run_pipeline(pipeline: Pipeline) -> dict:
         "replays": replays,
         "values": {name: p.main_grad.clone() for name, p in named.items()},
         "sharding": {
-            name: (p.partition_dim, p.partition_stride)
-            if getattr(p, "tensor_model_parallel", False)
-            else None
+            name: (p.partition_dim, p.partition_stride) if is_sharded(p) else None
             for name, p in named.items()
         },
     }
@@ -169,6 +169,7 @@ def run_rank(folder: Path, name: str, pipeline: Pipeline, rank: int, job) -> Non
         pipeline_model_parallel_size=pipeline.pp,
         virtual_pipeline_model_parallel_size=pipeline.vpp if pipeline.vpp > 1 else None,
         context_parallel_size=pipeline.cp,
+        expert_model_parallel_size=pipeline.ep,
     )
     try:
         result = job()
@@ -233,7 +234,7 @@ def draw_pipelines(seen: list[Pipeline]) -> None:
 
 
 def main(folder: Path) -> None:
-    patches.apply()
+    patches.apply(flags=["--overlap-moe-expert-parallel-comm"])
     drawn: list[Pipeline] = []
     draw_pipelines(drawn)
     (folder / "drawn.json").write_text(json.dumps([asdict(pipeline) for pipeline in drawn]))

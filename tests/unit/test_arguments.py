@@ -96,8 +96,12 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             r"--recompute-modules layernorm: .* use some of core_attn mlp moe shared_experts,",
         ),
         (
-            "--mhc --overlap-moe-expert-parallel-comm",
-            r"--overlap-moe-expert-parallel-comm: does.*\(combined 1F1B\) .*never calls",
+            "--mhc --mhc-recompute --overlap-moe-expert-parallel-comm",
+            r"--mhc-recompute: does.* --overlap-moe-expert-parallel-comm cuts the graph",
+        ),
+        (
+            "--mhc --mhc-log-gain-interval 5 --overlap-moe-expert-parallel-comm",
+            r"--mhc-log-gain-interval 5: does.* --overlap-moe-expert-parallel-comm runs no layer's",
         ),
         ("--mhc --fine-grained-activation-offloading", r"--fine-grained-activation-offloading"),
         ("--mhc --use-megatron-fsdp", r"--use-megatron-fsdp: .*Megatron's own DDP"),

@@ -23,7 +23,12 @@ def parts() -> SimpleNamespace:
     environment.prepare()
     from megatron_mhc.pipeline import inbox, schedule_model, transport
 
-    return SimpleNamespace(inbox=inbox, schedule_model=schedule_model, transport=transport)
+    def make_tracks(group, wanted: str):
+        return transport.make_tracks(group, wanted, schedule_model.Schedule(chunks=2), None)
+
+    return SimpleNamespace(
+        inbox=inbox, schedule_model=schedule_model, transport=transport, make_tracks=make_tracks
+    )
 
 
 @pytest.fixture
@@ -119,7 +124,10 @@ def test_an_inbox_that_cannot_be_made_leaves_no_file(parts, monkeypatch, tmp_pat
 
 
 def test_slots_are_those_that_the_schedule_fills(parts):
-    held = parts.schedule_model.messages_held
+    def held(stages, rank, **schedule):
+        schedule = parts.schedule_model.Schedule(**schedule)
+        return parts.schedule_model.messages_held(stages, rank, schedule)
+
     # 1F1B: the last stage holds the activation it works on and one that has come.
     assert [held(2, rank) for rank in (0, 1)] == [(0, 1), (2, 0)]
     assert held(4, 1)[0] > held(4, 2)[0] > held(4, 3)[0]
@@ -127,6 +135,8 @@ def test_slots_are_those_that_the_schedule_fills(parts):
     assert held(2, 0, chunks=2)[0] > 0
     # A larger group of micro-batches waits longer for its next chunk.
     assert held(2, 0, chunks=2, group=5)[0] > held(2, 0, chunks=2)[0]
+    # Combined 1F1B is a forward pass further ahead.
+    assert held(4, 0, chunks=2, combined=True)[0] == held(4, 0, chunks=2)[0] + 1
 
 
 @pytest.mark.parametrize("wanted", ["copy", "auto"])
@@ -141,10 +151,10 @@ def test_stages_that_are_not_on_gpus_cannot_copy(parts, wanted, monkeypatch):
     monkeypatch.setattr(parts.transport, "Tracks", lambda group, wraps: "tracks")
     group = SimpleNamespace(size=lambda: 2)
     if wanted == "auto":
-        assert parts.transport.make_tracks(group, wanted, 1, 0, None) == "tracks"
+        assert parts.make_tracks(group, wanted) == "tracks"
     else:
         with pytest.raises(parts.transport.TransportRefused, match="not on GPUs; use auto or nccl"):
-            parts.transport.make_tracks(group, wanted, 1, 0, None)
+            parts.make_tracks(group, wanted)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +175,7 @@ def test_stages_that_cannot_reach_each_other_say_why(
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(parts.transport, "_fewest_sms", lambda group, wraps: "tracks")
     group = SimpleNamespace(size=lambda: 2)
-    assert parts.transport.make_tracks(group, "auto", 2, 0, None) == "tracks"
+    assert parts.make_tracks(group, "auto") == "tracks"
     said = capsys.readouterr().out
     assert "transfers go over NCCL, not by copy engines" in said
     assert why in said
@@ -184,7 +194,7 @@ def test_one_pipeline_that_cannot_copy_decides_for_all(parts, monkeypatch, capsy
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     monkeypatch.setattr(parts.transport, "_copies", lambda *_: SimpleNamespace(said="copies"))
     monkeypatch.setattr(parts.transport, "_fewest_sms", lambda group, wraps: "tracks")
-    assert parts.transport.make_tracks("group", "auto", 2, 0, None) == "tracks"
+    assert parts.make_tracks("group", "auto") == "tracks"
     assert "another cannot" in capsys.readouterr().out
 
 

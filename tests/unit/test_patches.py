@@ -20,9 +20,9 @@ def _unpatched():
 
 
 def states() -> dict[str, str]:
-    """Of the patches that are needed without a GPU and without Transformer Engine."""
+    """Of the patches that are needed without a GPU, Transformer Engine and any flag of theirs."""
     rows = {row.patch.name: row.state for row in patches.status()}
-    assert rows.pop("te_normalization") == "skipped"
+    assert rows.pop("te_normalization") == rows.pop("layer_callables") == "skipped"
     return rows
 
 
@@ -43,6 +43,42 @@ def test_apply_and_undo_leave_megatron_as_it_was():
         assert patch.current() is not before[patch.name]
     patches.undo()
     assert {patch.name: patch.current() for patch in needed()} == before
+
+
+def test_the_patch_of_combined_1f1b_knows_the_installed_megatron():
+    (patch,) = (patch for patch in patches.PATCHES if patch.name == "layer_callables")
+    original = patch.current()
+    patches.apply(flags=[patch.with_flag])
+    assert patch.current() is not original
+    patches.undo()
+    assert patch.current() is original
+
+
+def test_a_model_of_combined_1f1b_needs_its_patch_and_no_recompute():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_mhc import MHCConfig, get_mhc_block_spec
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_moe_experts=2,
+        expert_model_parallel_size=2,
+        moe_token_dispatcher_type="alltoall",
+        overlap_moe_expert_parallel_comm=True,
+        add_bias_linear=False,
+        bf16=True,
+    )
+    spec = get_gpt_layer_local_spec(num_experts=2)
+    patches.apply()
+    with pytest.raises(RuntimeError, match=r"layer_callables is not .*overlap-moe-expert"):
+        get_mhc_block_spec(config, spec, MHCConfig(), pp_rank=0)
+    patches.apply(flags=["--overlap-moe-expert-parallel-comm"])
+    assert len(get_mhc_block_spec(config, spec, MHCConfig(), pp_rank=0).layer_specs) == 1
+    with pytest.raises(ValueError, match=r"recompute=True with overlap_moe_expert_parallel_comm"):
+        get_mhc_block_spec(config, spec, MHCConfig(recompute=True), pp_rank=0)
 
 
 def test_applying_twice_patches_once():
