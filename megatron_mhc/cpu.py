@@ -69,6 +69,10 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return 0, 0
+
     def elapsed_time(self, other) -> float:
         return 0.0
 
