@@ -28,6 +28,7 @@ import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.pipeline_parallel.utils import ScheduleNode, get_comm_stream  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from pipeline_cases import Pipeline  # noqa: E402
@@ -215,9 +216,10 @@ def batches(step: int) -> list[dict]:
     ]
 
 
-def forward_step(iterator, model):
+def forward_step(iterator, model, return_schedule_plan: bool = False):
     batch = next(iterator)
-    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    run = model.build_schedule_plan if return_schedule_plan else model
+    losses = run(batch["tokens"], batch["positions"], None, labels=batch["labels"])
 
     def loss(losses):
         mean = losses.float().mean()
@@ -226,12 +228,36 @@ def forward_step(iterator, model):
     return losses, loss
 
 
+@contextlib.contextmanager
+def disturbed_nodes(disturbance: Disturbed, ordered: bool):
+    """Every part of combined 1F1B begins late, and finds memory overwritten that should be its.
+
+    Wrong on purpose where they are not ``ordered``: no part waits for the one before.
+    """
+    acquire = ScheduleNode.stream_acquire_context
+
+    @contextlib.contextmanager
+    def late(node, name=None):
+        disturbance.copies = (get_comm_stream(),)
+        with acquire(node, name) if ordered else torch.cuda.stream(node.stream):
+            disturbance._delay()
+            yield
+        disturbance._disturb_all()
+
+    ScheduleNode.stream_acquire_context = late
+    try:
+        yield
+    finally:
+        ScheduleNode.stream_acquire_context = acquire
+
+
 def train(pipeline: Pipeline, kind: str, steps: int) -> list[list[float]]:
     """The loss of every micro-batch of every step, on every rank."""
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         pipeline_model_parallel_size=pipeline.pp,
         virtual_pipeline_model_parallel_size=pipeline.vpp if pipeline.vpp > 1 else None,
+        expert_model_parallel_size=pipeline.ep,
     )
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     boundary = boundary_of(kind)
@@ -290,11 +316,12 @@ def train(pipeline: Pipeline, kind: str, steps: int) -> list[list[float]]:
 
 
 def main(output: Path, scale: float, names: list[str]) -> None:
-    patches.apply()
+    patches.apply(flags=["--overlap-moe-expert-parallel-comm"])
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if GPU else "gloo")
     whole = Pipeline(pp=1, layers=4, hidden=HIDDEN, bf16=GPU, micro_batches=MICRO_BATCHES)
     stages, chunks = replace(whole, pp=2), replace(whole, pp=2, vpp=2)
+    experts = replace(whole, ep=2, experts=True)
     short, long, few = (max(2, int(scale * steps)) for steps in (100, 200, 8))
     runs = {  # what matters most comes first
         "single": (whole, "none", short),
@@ -309,10 +336,18 @@ def main(output: Path, scale: float, names: list[str]) -> None:
         "forgotten send": (chunks, "forgotten send", few),
         "chunks nccl disturbed": (chunks, "nccl disturbed", short),
         "chunks none": (chunks, "none", short),
+        "experts": (experts, "none", short),
+        "experts combined": (replace(experts, combined=True), "none", short),
+        "experts combined disturbed": (replace(experts, combined=True), "none", short),
+        "unordered parts": (replace(experts, combined=True), "none", few),
     }
     for name in names or runs:
         begin = time.perf_counter()
-        losses = train(*runs[name])
+        with contextlib.ExitStack() as stack:
+            if name in ("experts combined disturbed", "unordered parts"):
+                disturbance, ordered = Disturbed(dist.get_rank()), name != "unordered parts"
+                stack.enter_context(disturbed_nodes(disturbance, ordered))
+            losses = train(*runs[name])
         print(f"{name}: {len(losses)} steps in {time.perf_counter() - begin:.1f} s", flush=True)
         if dist.get_rank() == 0:
             with open(output, "a") as file:

@@ -13,9 +13,15 @@ from two_gpus import Job, means, run_job
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 JOB = Path(__file__).resolve().with_name("pipeline_job.py")
-LIMIT = 240
+LIMIT = 330
 """Seconds for the whole job."""
-WRONG = ("unordered merge", "unordered gradient", "forgotten send")
+WRONG = {
+    "unordered merge": "chunks",
+    "unordered gradient": "chunks",
+    "forgotten send": "chunks",
+    "unordered parts": "experts combined",
+}
+"""Deliberate errors, and the run without each."""
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +64,21 @@ def test_other_ways_to_send_change_no_bit(losses, other):
     assert losses["chunks"][: len(losses[other])] == losses[other]
 
 
+def test_combined_1f1b_trains_as_the_plain_schedule_does(losses):
+    """Streams are rounded to bf16 between layers in either; gradients meet in another order."""
+    plain, combined = means(losses["experts"]), means(losses["experts combined"])
+    assert len(plain) == len(combined) == 100
+    assert plain[-1] < plain[0] - 0.5, "it did not learn"
+    for step, (one, other) in enumerate(zip(plain, combined, strict=True)):
+        assert abs(one - other) <= 0.005 * one, step
+
+
+def test_delays_and_poisoned_memory_change_no_bit_of_combined_1f1b(losses):
+    assert losses["experts combined disturbed"] == losses["experts combined"]
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_the_disturbance_shows_what_is_wrong(losses, wrong):
     """Else the tests above prove nothing."""
-    found, right = losses[wrong], losses["chunks"][: len(losses[wrong])]
+    found, right = losses[wrong], losses[WRONG[wrong]][: len(losses[wrong])]
     assert found != right or any(math.isnan(loss) for step in found for loss in step)
