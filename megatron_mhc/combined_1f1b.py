@@ -41,8 +41,8 @@ class LayerParts:
 
     Attributes:
         pre_mlp_layernorm: a mixture's norm.
-        residual: what merges a mixture's output: left by attention with the streams X' that its
-            mappings were made of, and set again before combine.
+        residual: what merges a mixture's output: left by attention, and set again for combine from
+            what its graph begins with.
     """
 
     def __init__(self, layer: MHCTransformerLayer) -> None:
@@ -78,11 +78,9 @@ class LayerParts:
         """What stands where Megatron adds the residual of a mixture: the merge."""
         bias_dropout = self._layer.mlp_bda(training, fused)
 
-        def merge(output_with_bias, streams: Tensor, prob: float) -> Tensor:
+        def merge(output_with_bias, _streams: Tensor, prob: float) -> Tensor:
             f = bias_dropout(output_with_bias, None, prob)
-            mapping = self.residual
-            residual = Residual(self.streams(streams).x, mapping.post, mapping.comb)
-            return residual.add(f).to_flat(self._layer.mhc.backend)
+            return self.residual.add(f).to_flat(self._layer.mhc.backend)
 
         return merge
 
@@ -109,7 +107,7 @@ def layer_callables(layer: MHCTransformerLayer) -> tuple[list, dict]:
 
     def combine_into_streams(node, output: Tensor) -> Tensor:
         mapping = node.layer_state.mhc_mapping
-        parts.residual = Residual(node.layer_state.residual, *mapping)
+        parts.residual = Residual(parts.streams(node.layer_state.residual).x, *mapping)
         output = combine(node, output)
         for tensor in mapping:  # made on the compute stream
             tensor.record_stream(torch.cuda.current_stream())
