@@ -32,6 +32,7 @@ class MixtureNorm(torch.nn.Module):
         self.u: Tensor | None = None
 
     def forward(self, _streams: Tensor) -> Tensor:
+        """The norm of u, [s, b, C]."""
         u, self.u = self.u, None
         return self._norm(u)
 
@@ -54,6 +55,7 @@ class LayerParts:
         return getattr(self._layer, name)
 
     def streams(self, hidden_states: Tensor) -> StreamState:
+        """Hidden states [s, b, n*C] as streams [s, b, n, C]."""
         return StreamState.from_flat(hidden_states, self._layer.mhc.num_streams)
 
     def _forward_attention(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +88,14 @@ class LayerParts:
 
 
 def layer_callables(layer: MHCTransformerLayer) -> tuple[list, dict]:
-    """Megatron's ``build_layer_callables`` for an mHC layer."""
+    """Megatron's ``build_layer_callables`` (0.19.2) for an mHC layer.
+
+    Returns:
+        The functions of a schedule node's parts, of streams [s, b, n*C] in the model's dtype (the
+        first part of the first layer takes the embedding [s, b, C]): attention up to the router,
+        dispatch, experts or dense MLP, combine, and none for multi-token prediction; and what
+        computes delayed gradients of weights, by the part's name.
+    """
     parts = LayerParts(layer)
     callables, backward_dw = build_transformer_layer_callables(parts)
     attention, dispatch, mlp, combine, last = callables

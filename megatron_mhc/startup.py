@@ -107,7 +107,8 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     lines += check_checkpoint(args)
     used = {
         "--mhc-recompute": mhc is not None and mhc.recompute,
-        "--overlap-moe-expert-parallel-comm": args.overlap_moe_expert_parallel_comm,
+        "--overlap-moe-expert-parallel-comm": mhc is not None
+        and args.overlap_moe_expert_parallel_comm,
     }
     flags = [flag for flag, use in used.items() if use]
     try:

@@ -6,8 +6,9 @@
 One case is a TransformerBlock of Transformer Engine layers (rotary embeddings, bf16, no dropout,
 no optimizer), forward and backward. Peak is torch.cuda.max_memory_allocated over a step, less what
 was allocated before it: parameters and their gradients, which exist before the step, do not count.
-The estimate beside it is megatron_mhc.activation_memory's. Writes memory.json and memory.md into
-the output folder after every run.
+The estimate beside it is megatron_mhc.activation_memory's. Busy is the time in which the GPU runs
+anything during a step (torch.profiler): less than the step where it waits for the host. Writes
+memory.json and memory.md into the output folder after every run.
 """
 
 import argparse
@@ -218,8 +219,8 @@ def main() -> None:
             gc.collect()
             torch.cuda.empty_cache()
             expected = estimate(case, block, plain)
-            row = {"case": name, "run": run, "peak": peak, "estimate": expected, "ms": ms}
-            rows.append(row | {"busy": busy})
+            row = {"case": name, "run": run, "peak": peak, "estimate": expected}
+            rows.append(row | {"ms": ms, "busy": busy})
             (args.out / "memory.json").write_text(json.dumps(rows, indent=1))
             (args.out / "memory.md").write_text(table(rows) + "\n")
             print(table(rows).splitlines()[-1], flush=True)

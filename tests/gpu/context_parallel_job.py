@@ -6,7 +6,6 @@ Every run is written to the output file as it ends, so that a job cut short keep
 """
 
 import gc
-import json
 import os
 import sys
 import time
@@ -33,6 +32,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.utils import get_batch_on_this_cp_rank  # noqa: E402
+from two_gpus import add_run  # noqa: E402
 
 from megatron_mhc import MHCConfig  # noqa: E402
 from tests.models import build_gpt, scramble_mappings  # noqa: E402
@@ -138,8 +138,7 @@ def main(output: Path) -> None:
         gc.collect()
         print(f"{name}: {STEPS} steps in {time.perf_counter() - begin:.1f} s", flush=True)
         if dist.get_rank() == 0:
-            with open(output, "a") as file:
-                file.write(json.dumps({"run": name, "losses": losses}) + "\n")
+            add_run(output, name, losses)
     dist.destroy_process_group()
 
 

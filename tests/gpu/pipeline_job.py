@@ -8,7 +8,6 @@ short keeps what it has.
 
 import contextlib
 import gc
-import json
 import os
 import random
 import sys
@@ -33,6 +32,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: 
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from pipeline_cases import Pipeline  # noqa: E402
 from pipeline_model import STREAMS, VOCABULARY, build_chunks  # noqa: E402
+from two_gpus import add_run  # noqa: E402
 
 from megatron_mhc import patches  # noqa: E402
 from megatron_mhc.pipeline import (  # noqa: E402
@@ -350,8 +350,7 @@ def main(output: Path, scale: float, names: list[str]) -> None:
             losses = train(*runs[name])
         print(f"{name}: {len(losses)} steps in {time.perf_counter() - begin:.1f} s", flush=True)
         if dist.get_rank() == 0:
-            with open(output, "a") as file:
-                file.write(json.dumps({"run": name, "losses": losses}) + "\n")
+            add_run(output, name, losses)
     dist.destroy_process_group()
 
 

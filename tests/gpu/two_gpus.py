@@ -29,6 +29,12 @@ class Job:
         return self.losses[run]
 
 
+def add_run(output: Path, run: str, losses: list[list[float]]) -> None:
+    """Add a run to a job's output file as it ends, so that a job cut short keeps what it has."""
+    with open(output, "a") as file:
+        file.write(json.dumps({"run": run, "losses": losses}) + "\n")
+
+
 def _start_rank(rank: int, port: int, command: list[str], log: Path) -> subprocess.Popen:
     environment = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "32",
@@ -50,7 +56,7 @@ def run_job(script: Path, *arguments: str, folder: Path, limit: float) -> Job:
     """Run ``script OUTPUT_FILE ARGUMENTS`` on two ranks; one that fails ends it, and so does time.
 
     Args:
-        script: adds a line {"run": name, "losses": ...} to its output file for every run.
+        script: calls :func:`add_run` for every run.
         folder: gets the output file, named as the script, and the ranks' logs; the variable OUT
             names another one.
         limit: seconds for the whole job.
