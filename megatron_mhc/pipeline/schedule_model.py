@@ -68,6 +68,7 @@ def _ends(stages: int, schedule: Schedule, micro_batches: int) -> dict[tuple, in
         return over.get((kind, place + (-1 if kind == "F" else 1), micro_batch))
 
     while any(waiting):
+        passes_over = len(over)
         for rank, steps in enumerate(waiting):
             while steps:
                 inputs = [input_end(*one) for one in steps[0]]
@@ -76,18 +77,13 @@ def _ends(stages: int, schedule: Schedule, micro_batches: int) -> dict[tuple, in
                 free[rank] = max(free[rank], *inputs)
                 free[rank] += sum(FORWARD if one[0] == "F" else BACKWARD for one in steps[0])
                 over |= dict.fromkeys(steps.pop(0), free[rank])
+        if len(over) == passes_over:
+            raise ValueError(f"{schedule} of {stages} stages waits for itself")
     return over
 
 
-@cache
-def messages_held(stages: int, rank: int, schedule: Schedule) -> tuple[int, int]:
-    """The most activations, and the most gradients, that ``rank`` has been sent and still holds.
-
-    Both are held until the backward pass that reads them is over. Transfers take no time and no
-    send waits, so a schedule that has as much room never waits for it (a Kahn network that
-    completes with bounded buffers does so in any timing).
-    """
-    micro_batches = max(4 * stages, 3 * (schedule.group or stages))
+def _most_held(stages: int, rank: int, schedule: Schedule, micro_batches: int) -> tuple[int, int]:
+    """The most activations, and the most gradients, at a time in one step."""
     over = _ends(stages, schedule, micro_batches)
     most = []
     for kind, step in (("F", -1), ("B", 1)):
@@ -104,3 +100,24 @@ def messages_held(stages: int, rank: int, schedule: Schedule) -> tuple[int, int]
             highest = max(highest, held)
         most.append(highest)
     return most[0], most[1]
+
+
+@cache
+def messages_held(stages: int, rank: int, schedule: Schedule) -> tuple[int, int]:
+    """The most activations, and the most gradients, that ``rank`` has been sent and still holds.
+
+    Both are held until the backward pass that reads them is over. Transfers take no time and no
+    send waits, so a schedule that has as much room never waits for it (a Kahn network that
+    completes with bounded buffers does so in any timing).
+
+    Raises:
+        ValueError: a schedule in which every stage waits for another.
+    """
+    group = schedule.group or stages
+    whole = group * max(3, -(-4 * stages // group))
+    # A step of whole groups, and one that ends with the least rest that Megatron takes.
+    counts = {whole, whole + stages % group}
+    activations, gradients = zip(
+        *(_most_held(stages, rank, schedule, count) for count in counts), strict=True
+    )
+    return max(activations), max(gradients)

@@ -139,6 +139,24 @@ def test_slots_are_those_that_the_schedule_fills(parts):
     assert held(4, 0, chunks=2, combined=True)[0] == held(4, 0, chunks=2)[0] + 1
 
 
+@pytest.mark.parametrize("combined", [False, True])
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_every_schedule_that_megatron_takes_ends(parts, combined, more):
+    """Groups of as many micro-batches as there are stages, or more."""
+    for stages in (2, 3, 4):
+        for chunks in (2, 3):
+            schedule = parts.schedule_model.Schedule(chunks, stages + more, combined)
+            held = [parts.schedule_model.messages_held(stages, r, schedule) for r in range(stages)]
+            assert all(gradients > 0 for _, gradients in held)
+
+
+def test_a_schedule_that_waits_for_itself_is_refused(parts):
+    """Combined 1F1B without chunks, which Megatron refuses too."""
+    schedule = parts.schedule_model.Schedule(chunks=1, combined=True)
+    with pytest.raises(ValueError, match=r"combined=True\) of 2 stages waits for itself"):
+        parts.schedule_model.messages_held(2, 0, schedule)
+
+
 @pytest.mark.parametrize("wanted", ["copy", "auto"])
 def test_stages_that_are_not_on_gpus_cannot_copy(parts, wanted, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "gloo")
