@@ -69,6 +69,7 @@ def estimate(args) -> None:
         tokens=args.length * args.micro_batch,
         link=args.link,
         forward_ms=args.forward_ms,
+        group=args.group or 0,
     )
     table = Table(
         title=f"{cluster.stages} stages x {cluster.chunks} chunks, {cluster.micro_batches} "
@@ -106,6 +107,7 @@ def settings_of(args, link: str) -> dict:
         "recompute_layer_num": args.recompute_layer_num,
         "micro_batch": args.micro_batch,
         "micro_batches": args.micro_batches,
+        "group": args.group,
         "steps": args.steps,
     }
 
@@ -256,6 +258,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
     parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument(
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        type=int,
+        dest="group",
+        help="Megatron's; default: the number of stages",
+    )
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--trace", action="store_true", help="of every staged case")
     parser.add_argument("--no-single", action="store_true", help="leave the models of one GPU out")

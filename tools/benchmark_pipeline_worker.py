@@ -140,6 +140,7 @@ def transformer_config(settings: dict, mode: Mode, stages: int, chunks: int) -> 
         persist_layer_norm=False,
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+        microbatch_group_size_per_vp_stage=settings["group"],
         # As megatron.training sets them, and as overlap post does.
         deallocate_pipeline_outputs=not mode.base.endswith("-kept"),
         overlap_p2p_comm=overlap_p2p,
@@ -204,6 +205,7 @@ class Division:
             settings["length"] * settings["micro_batch"],
             settings["streams"] * settings["hidden"],
         )
+        self._schedule = Schedule(chunks, (settings["group"] or 0) if chunks > 1 else 0)
         self._priority = send_boundary()
         self._tracks: dict[str, tuple[CopyTracks | Tracks, float]] = {}
 
@@ -214,7 +216,7 @@ class Division:
             if mode.carrier == "shared":
                 tracks = MegatronsGroups(self.group, wraps)
             elif mode.carrier == "auto":
-                tracks = make_tracks(self.group, "auto", Schedule(self.chunks), self._priority)
+                tracks = make_tracks(self.group, "auto", self._schedule, self._priority)
             else:
                 tracks = Tracks(self.group, wraps, ctas=mode.ctas)
             self._tracks[mode.carrier] = tracks, bandwidth(tracks, self._message)

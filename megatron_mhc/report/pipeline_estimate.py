@@ -19,6 +19,8 @@ class Cluster:
         link: GB/s of one direction between two stages.
         forward_ms: forward time of one chunk on one micro-batch; backward takes twice that.
         memory: GB/s of the GPU's memory, for the merges.
+        group: micro-batches that run one chunk in a row
+            (--microbatch-group-size-per-virtual-pipeline-stage); 0 is the number of stages.
     """
 
     stages: int
@@ -30,6 +32,7 @@ class Cluster:
     link: float
     forward_ms: float
     memory: float = 4000.0
+    group: int = 0
 
     def transfer_ms(self, mode: str) -> float:
         """One boundary over the link."""
@@ -52,25 +55,36 @@ class Cluster:
         """Idle time of a step with free transfers."""
         return 3 * self.forward_ms * (self.stages - 1)
 
+    def _hops_ms(self, transfer: float, pass_ms: float) -> float:
+        """Time that one micro-batch's transfers keep all ranks waiting while the pipeline fills,
+        with passes of ``pass_ms``, or drains.
+
+        Through the stages once nothing else is there to be done. Until it is back at a stage for
+        the next chunk, that runs the group's other micro-batches.
+        """
+        others = max(self.group - self.stages, 0) if self.group else 0
+        back = max(0.0, self.stages * transfer - others * pass_ms)
+        return (self.stages - 1) * transfer + (self.chunks - 1) * back
+
     def exposed_ms(self, mode: str) -> float:
         """Time of a step in which a rank waits for a boundary, beyond the bubble.
 
-        A chunk's output is needed at once while the pipeline fills: one transfer for every hop but
-        the last of the stages x chunks, and as many gradients when it drains. In between a forward
-        transfer has a backward chunk to hide behind, a gradient a forward chunk. Megatron waits for
-        every forward send where it is issued; without interleaving it posts receives when their
-        tensors are needed. The merge of "none" is on the main stream.
+        A chunk's output is needed at once while the pipeline fills, and a gradient when it drains.
+        In between a forward transfer has a backward chunk to hide behind, a gradient a forward
+        chunk. Megatron waits for every forward send where it is issued; without interleaving it
+        posts receives when their tensors are needed. The merge of "none" is on the main stream.
         """
         transfer = self.transfer_ms(mode)
-        hops = self.stages * self.chunks - 1
         passes = self.micro_batches * self.chunks
+        fill = self._hops_ms(transfer, self.forward_ms)
+        drain = self._hops_ms(transfer, 2 * self.forward_ms)
         if self.chunks == 1:
-            exposed = (2 * hops + self.micro_batches - 1) * transfer
+            exposed = fill + drain + (self.micro_batches - 1) * transfer
         elif mode == "post":
             late = max(0.0, transfer - 2 * self.forward_ms) + max(0.0, transfer - self.forward_ms)
-            exposed = 2 * hops * transfer + passes * late
+            exposed = fill + drain + passes * late
         else:
-            exposed = (passes + hops) * transfer
+            exposed = passes * transfer + drain
             exposed += passes * max(0.0, transfer - self.forward_ms)
         return exposed + (passes * self.merge_ms if mode == "none" else 0.0)
 

@@ -73,6 +73,15 @@ def test_post_is_seen_only_while_the_pipeline_fills_and_drains():
     assert more.exposed_ms("none") > 6 * CLUSTER.exposed_ms("none")
 
 
+def test_a_group_hides_the_way_back_to_a_stage():
+    transfer = CLUSTER.transfer_ms("post")
+    assert replace(CLUSTER, group=2).exposed_ms("post") == CLUSTER.exposed_ms("post")
+    one_more = replace(CLUSTER, group=3, forward_ms=6.0)  # 2 transfers, or 6 ms and 12 ms of passes
+    fill, drain = transfer + 2 * transfer - 6, transfer
+    assert one_more.exposed_ms("post") == pytest.approx(fill + drain)
+    assert replace(CLUSTER, group=4).exposed_ms("post") == pytest.approx(2 * transfer)
+
+
 def test_a_link_slower_than_compute_is_seen_in_every_pass():
     slow = replace(CLUSTER, link=5.0)
     transfer = slow.transfer_ms("post")
@@ -131,6 +140,7 @@ def test_the_workers_kernels_become_traces_and_a_picture(tmp_path):
 
 
 SETTINGS = {"micro_batches": 8, "hidden": 4096, "streams": 4, "length": 4096, "micro_batch": 2}
+SETTINGS |= {"group": None}
 
 
 def result(mode: str, stages: int, step_ms: float, **more) -> dict:
