@@ -25,15 +25,15 @@ BLOCK_C = 256
 # Tokens of a tile and depths of the rings, with a merge and without.
 POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
 PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
-# Blocks of a group that pay. A tile waits for its slowest block, so wide groups lose: at 7168
-# channels (28 blocks) the two kernels that serve every GPU are faster, an application in 605 us
-# against 613. At 512 (2 blocks) they are too.
-GROUPS = range(5, 25)
+# Blocks of a group that pay: at 512 channels (2 blocks) the two kernels that serve every GPU are
+# faster.
+GROUPS = range(5, 29)
 # Share of all multiprocessors' channels that must be channels of X: a tile takes as long where many
 # are padding. At 6144 it is 0.91, in 171 us against 200.
 LEAST_SHARE = 5 / 6
-# Tiles that a group draws at once; drawing single ones is slower.
-CHUNK = 4
+# Tiles that a group draws at once (drawing single ones is slower), and how many for each group are
+# drawn singly at the end.
+CHUNK, SINGLES = 4, 4
 
 
 def pays(channels: int, device: torch.device) -> bool:
@@ -72,8 +72,8 @@ def plan_of(
     tiles = cdiv(tokens, block_t)
     size = cdiv(channels, BLOCK_C)
     groups = min(multiprocessors(device) // size, tiles)
-    chunk = max(1, min(CHUNK, tiles // (2 * groups)))
-    mails = cdiv(tiles, chunk) + 1
+    long_ones = max(0, tiles - SINGLES * groups) // CHUNK
+    mails = long_ones + tiles - CHUNK * long_ones + 1
     streams = Tiles((tokens, n, channels), (block_t, n, BLOCK_C), STREAMS_TILE)
     sources = (streams,) * 5
     if merges:
@@ -84,7 +84,7 @@ def plan_of(
     launch = Launch(
         post_pre_hopper_kernel,
         (groups * size,),
-        (tokens, mails, chunk, eps, norm_eps),
+        (tokens, mails, CHUNK, long_ones, eps, norm_eps),
         sources,
         N=n,
         C=channels,
@@ -127,6 +127,6 @@ def post_pre_hopper(
         x_next = torch.empty_like(x)
         sources = (x, *map(aligned, merge), x_next)
     outputs = (u, pre, m, r, post_next, comb_next)
-    plan.launch(*sources, fn, scale, base, *outputs, shares, state)
+    plan.launch(*sources, *sources[:2], fn, scale, base, *outputs, shares, state)
     outputs = (u, post_next, comb_next, pre, m, r)
     return (x_next, *outputs) if merge else outputs

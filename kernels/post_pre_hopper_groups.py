@@ -1,9 +1,10 @@
 """How blocks of post_pre_hopper_kernel form groups, draw tiles, and wait for each other.
 
 A block's number is the ticket it takes when it starts, so the blocks of group g, with tickets g G
-to g G + G - 1, are all running once the last of them is. Only that one draws tiles for the group:
-no tile waits for a block that may not be running, wherever the hardware puts blocks and whatever
-else holds multiprocessors, as long as G of them become free.
+to g G + G - 1, are all running once the last of them is. Chunk g of the tiles is theirs; only that
+last block draws others for the group. So at any time at most one group waits for blocks that are
+not running yet, while those before it end and leave room: wherever the hardware puts blocks and
+whatever else holds multiprocessors, the launch ends as long as G of them become free.
 
 Waits between blocks have no limit, as those at barriers within a block have none. A limit would end
 in wrong results, or in a trap that takes the process's CUDA context along, perhaps because somebody
@@ -16,10 +17,13 @@ from triton.experimental.gluon import language as gl
 # What a launch finds in every word of its state: a count of none, mail that is not there, and as
 # float32 a NaN that no arithmetic makes.
 UNSET = gl.constexpr(-1)
-# int32 words, a line of L2 each: tickets taken, chunks of tiles drawn. From MAIL on the groups'
-# mail, where their chunks are announced.
+# int32 words, a line of L2 each: tickets taken, chunks of tiles drawn after every group's first.
+# From MAIL on the groups' mail, where these chunks are announced.
 TICKET, DRAWN, MAIL = gl.constexpr(0), gl.constexpr(32), gl.constexpr(64)
-TILE_NUMBERS = gl.constexpr(32)  # a block's tiles in work, at least RX
+COUNTED = gl.constexpr(4)  # tiles whose shares a block counts at once
+TILE_NUMBERS = gl.constexpr(32)  # a block's tiles in work, at least RX + COUNTED
+
+LINE = gl.constexpr(128)  # bytes of L2
 
 # Until *$1 >= $2: its value.
 WAIT = gl.constexpr("""{
@@ -30,13 +34,15 @@ setp.ge.s32 reached, $0, $2;
 @!reached bra again;
 }""")
 PUBLISH = gl.constexpr("st.release.gpu.global.u32 [$1], $2; mov.u32 $0, $2;")
+PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
+FENCE = gl.constexpr("fence.acq_rel.gpu; mov.u32 $0, $1;")
 PUT = gl.constexpr("st.relaxed.gpu.global.f32 [$1], $2; mov.u32 $0, 0;")
 
 
 @gluon.jit
-def count_up(pointer, SEM: gl.constexpr):
+def count_up(pointer):
     """One more; how many there were."""
-    return gl.atomic_add(pointer, 1, sem=SEM, scope="gpu") - UNSET
+    return gl.atomic_add(pointer, 1, sem="relaxed", scope="gpu") - UNSET
 
 
 @gluon.jit
@@ -51,9 +57,9 @@ def wait_for(pointer, least):
 
 
 @gluon.jit
-def draw(state_ptr, mail_ptr, j):
+def draw(state_ptr, mail_ptr, j, groups):
     """Draws the next chunk of tiles as the group's chunk j, and tells the group; its number."""
-    chunk = count_up(state_ptr + DRAWN, "relaxed")
+    chunk = groups + count_up(state_ptr + DRAWN)
     gl.inline_asm_elementwise(
         PUBLISH, "=r,l,r,~{memory}", [(mail_ptr + j).to(gl.int64), chunk],
         dtype=gl.int32, is_pure=False, pack=1,
@@ -65,6 +71,56 @@ def draw(state_ptr, mail_ptr, j):
 def receive(mail_ptr, j):
     """Number of the group's chunk j."""
     return wait_for(mail_ptr + j, 0)
+
+
+@gluon.jit
+def first_tile(number, length, long_ones):
+    """First tile of chunk ``number``: ``long_ones`` have ``length`` tiles, those after them one, so
+    that groups end together.
+    """
+    return gl.where(number < long_ones, number * length, long_ones * length + number - long_ones)
+
+
+@gluon.jit
+def ask_for(pointer, at, end):
+    """Asks L2 for the lines with bytes ``at`` of what has ``end`` bytes from pointer on."""
+    gl.inline_asm_elementwise(
+        PREFETCH, "=r,l", [pointer.to(gl.int64) + gl.minimum(at, end - 1)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def ask_for_rows(
+    pointer, first, end, stride, ROWS: gl.constexpr, BYTES: gl.constexpr, num_warps: gl.constexpr
+):
+    """Asks L2 for ``BYTES`` of each of ``ROWS`` rows, from byte ``first`` on, ``stride`` apart."""
+    PARTS: gl.constexpr = BYTES // LINE
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    line = gl.arange(0, ROWS * PARTS, layout=layout)
+    ask_for(pointer, first + line // PARTS * stride + line % PARTS * LINE, end)
+
+
+@gluon.jit
+def ask_for_share(pointer, BYTES: gl.constexpr, num_warps: gl.constexpr):
+    """Asks L2 for ``BYTES`` from pointer on, each block for its share."""
+    STEP: gl.constexpr = 32 * num_warps
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    lane = gl.arange(0, STEP, layout=layout)
+    for line in range(gl.program_id(0) * STEP, BYTES // LINE, gl.num_programs(0) * STEP):
+        ask_for(pointer, (line + lane).to(gl.int64) * LINE, BYTES)
+
+
+@gluon.jit
+def count_tiles(ready_ptr, numbers, first, end):
+    """One to the counts of the block's tiles ``first`` to ``end``, whose shares this warp stored.
+    The fence waits for the stores: under load, as long as a tile takes.
+    """
+    gl.inline_asm_elementwise(
+        FENCE, "=r,r,~{memory}", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+    for k in range(gl.maximum(first, 0), end):
+        count_up(ready_ptr + read_tile(numbers, k % TILE_NUMBERS, 1))
 
 
 @gluon.jit

@@ -6,8 +6,8 @@ merges its channels, keeps X' in shared memory, and leaves its share of the tile
 squares in L2. When the shares of all G are there, each block sums them, forms pre, and aggregates
 the X' that it kept, while its other warps are tiles ahead. bfloat16 streams, n = 4.
 
-Warps: 8 merge and multiply (post_pre_hopper_merge.py); 4 aggregate; one each stores X' and shares,
-loads, forms pre, and forms post and comb (post_pre_hopper_mappings.py). What goes from one to the
+Warps: 8 merge and multiply (post_pre_hopper_merge.py); 4 aggregate; one each stores shares, loads,
+forms pre, and forms post and comb (post_pre_hopper_mappings.py). What goes from one to the
 next lies in rings: X, in whose place comes X', and pre RX tiles deep, f RF, sums of the merging
 warps RS.
 """
@@ -22,11 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_parts import arrive, columns, make_barriers, separate
 from .post_pre_hopper_groups import (
+    COUNTED,
     MAIL,
     TICKET,
     TILE_NUMBERS,
+    ask_for_rows,
+    ask_for_share,
+    count_tiles,
     count_up,
     draw,
+    first_tile,
     put,
     read_tile,
     receive,
@@ -47,24 +52,31 @@ REGISTERS = (64, 48, 80, 40, 56)
 
 @gluon.jit
 def load_tiles(
-    sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles, chunk, rank,
+    sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles, length, long_ones,
+    group, rank,
     N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr, RF: gl.constexpr,
     G: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: chunks of ``chunk`` tiles, drawn one ahead by the group's last block."""
+    """The loading warp: the group's first chunk of tiles, then others, which the group's last block
+    draws one ahead.
+    """
     x, f, post, comb = sources
     xs, fs, posts, combs = rings
     BYTES: gl.constexpr = N * T * B * 2 + (T * B * 2 + T * (N + N * N) * 4 if MERGE else 0)
-    chunks = gl.cdiv(tiles, chunk)
+    groups = gl.num_programs(0) // G
     channel = rank * B
     drawing = rank == G - 1
-    if drawing:
-        drawing = draw(state_ptr, mail_ptr, 0) < chunks
-    tile = receive(mail_ptr, 0) * chunk
+    j = gl.to_tensor(0)
     k = gl.to_tensor(0)
+    tile = first_tile(group, length, long_ones)
+    end = first_tile(group + 1, length, long_ones)
+    begins = gl.to_tensor(True)
     while tile < tiles:
         slot = k % RX
         mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)
+        if k == 1:
+            # All blocks' first tiles come before anybody's second: their pre needs them all.
+            mbarrier.wait(full.index(0), 0)
         write_tile(numbers, k % TILE_NUMBERS, tile)
         gl.thread_barrier()
         bar = full.index(slot)
@@ -77,12 +89,17 @@ def load_tiles(
             tma.async_copy_global_to_shared(f, [t, channel], bar, fs.index(f_slot))
             tma.async_copy_global_to_shared(comb, [t, 0], bar, combs.index(f_slot))
             tma.async_copy_global_to_shared(post, [t, 0], bar, posts.index(f_slot))
-        if drawing & (k % chunk == 0):
-            drawing = draw(state_ptr, mail_ptr, k // chunk + 1) < chunks
+        if drawing & begins:
+            number = draw(state_ptr, mail_ptr, j + 1, groups)
+            drawing = first_tile(number, length, long_ones) < tiles
         k += 1
         tile += 1
-        if k % chunk == 0:
-            tile = receive(mail_ptr, k // chunk) * chunk
+        begins = tile == end
+        if begins:
+            j += 1
+            number = receive(mail_ptr, j)
+            tile = first_tile(number, length, long_ones)
+            end = first_tile(number + 1, length, long_ones)
     slot = k % RX
     mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)
     write_tile(numbers, k % TILE_NUMBERS, tiles)
@@ -91,15 +108,15 @@ def load_tiles(
 
 
 @gluon.jit
-def store_tiles(
-    x_next, xs, sums, square_sums, empty, sums_full, sums_empty, published, numbers,
-    quick_ptr, shares_ptr, ready_ptr, tiles, rank,
-    T: gl.constexpr, B: gl.constexpr, W: gl.constexpr, RX: gl.constexpr, RS: gl.constexpr,
-    G: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
+def store_shares(
+    sums, square_sums, sums_full, sums_empty, published, numbers, quick_ptr, shares_ptr, ready_ptr,
+    tiles, rank,
+    T: gl.constexpr, W: gl.constexpr, RX: gl.constexpr, RS: gl.constexpr, G: gl.constexpr,
+    COUNT: gl.constexpr,
 ):  # fmt: skip
-    """The storing warp: X' of a tile to memory; its products and squares, summed over the merging
-    warps, to quick [tiles, G, QUICK, T] and shares [tiles, G, ROWS, T], and then one to the count
-    ``ready`` of the tile's shares.
+    """The storing warp: products and squares of a tile, summed over the merging warps, to quick
+    [tiles, G, QUICK, T] and shares [tiles, G, ROWS, T], and after some tiles one to the count
+    ``ready`` of each.
     """
     GROUPS: gl.constexpr = (COUNT + 7) // 8
     wide: gl.constexpr = gl.BlockedLayout([W, 1, 2], [1, 8, 4], [1, 1, 1], [2, 1, 0])
@@ -114,8 +131,8 @@ def store_tiles(
     tile = read_tile(numbers, 0, 1)
     while tile < tiles:
         slot = k % RS
-        if MERGE:
-            tma.async_copy_shared_to_global(x_next, [tile * T, 0, rank * B], xs.index(k % RX))
+        if GROUPS > 1 and (k > 0) & (k % COUNTED == 0):
+            count_tiles(ready_ptr, numbers, k - COUNTED, k)
         block = tile.to(gl.int64) * G + rank
         share_ptr = shares_ptr + block * (ROWS * T)
         block_ptr = quick_ptr + block * (QUICK * T)
@@ -128,19 +145,12 @@ def store_tiles(
         gl.thread_barrier()
         arrive(sums_empty.index(slot))
         arrive(published.index(k % RX))
-        if GROUPS > 1:
-            count_up(ready_ptr + tile, "release")
-        if MERGE:
-            # The copy before this one has read its X'.
-            tma.store_wait(1)
-            gl.thread_barrier()
-            mbarrier.expect(empty.index((k + RX - 1) % RX), 0, pred=k > 0)
         k += 1
         mbarrier.wait(sums_full.index(k % RS), (k // RS) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, 1)
+    if GROUPS > 1:
+        count_tiles(ready_ptr, numbers, (k - 1) // COUNTED * COUNTED, k)
     arrive(published.index(k % RX))
-    if MERGE:
-        tma.store_wait(0)
 
 
 @gluon.jit
@@ -184,10 +194,11 @@ def aggregate_tiles(
         tile = read_tile(numbers, k % TILE_NUMBERS, num_warps)
 
 
-@gluon.jit(do_not_specialize=["tokens", "mails", "chunk"])
+@gluon.jit(do_not_specialize=["tokens", "mails", "length", "long_ones"])
 def post_pre_hopper_kernel(
-    x, f, post, comb, x_next, fn_ptr, scale_ptr, base_ptr, u_ptr, pre_ptr, m_ptr, r_ptr,
-    post_ptr, comb_ptr, shares_ptr, state_ptr, tokens, mails, chunk, eps, norm_eps,
+    x, f, post, comb, x_next, x_ptr, f_ptr, fn_ptr, scale_ptr, base_ptr, u_ptr, pre_ptr, m_ptr,
+    r_ptr, post_ptr, comb_ptr, shares_ptr, state_ptr, tokens, mails, length, long_ones, eps,
+    norm_eps,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
     RF: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, ITERATIONS: gl.constexpr,
     MERGE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
@@ -195,12 +206,13 @@ def post_pre_hopper_kernel(
     """What merge_map_kernel and aggregate_kernel compute.
 
     x, x_next [tokens, N, C], f [tokens, C], post [tokens, N] and comb [tokens, N * N] are tensor
-    descriptors; without MERGE all are x. fn [COUNT, N * C]; writes u [tokens, C], pre [tokens, N],
-    m [tokens, COUNT], r [tokens] and, unless COUNT is N, post [tokens, N] and comb [tokens, N, N].
+    descriptors; without MERGE all are x. x_ptr and f_ptr: to x and f. fn [COUNT, N * C]; writes
+    u [tokens, C], pre [tokens, N], m [tokens, COUNT], r [tokens] and, unless COUNT is N,
+    post [tokens, N] and comb [tokens, N, N].
 
     shares [tiles, G, ROWS, T] is scratch; the int32 words of state must be UNSET: tiles * G * QUICK
     * T quick shares, MAIL + groups * mails + tiles counts, with ``mails`` one more than there are
-    chunks of ``chunk`` tiles. The grid is groups * G blocks.
+    chunks: ``long_ones`` of ``length`` tiles, the rest of one. The grid is groups * G blocks.
     """
     G: gl.constexpr = (C + B - 1) // B
     GROUPS: gl.constexpr = (COUNT + 7) // 8
@@ -212,7 +224,16 @@ def post_pre_hopper_kernel(
     tiles = gl.cdiv(tokens, T)
     quick_ptr = state_ptr.to(gl.pointer_type(gl.float32), bitcast=True)
     state_ptr += tiles.to(gl.int64) * (G * QUICK * T)
-    ticket = count_up(state_ptr + TICKET, "relaxed")
+    # The first tile, if blocks start in order: everybody waits for all of it.
+    token = first_tile(gl.program_id(0) // G, length, long_ones).to(gl.int64) * T
+    channel = gl.program_id(0) % G * B
+    end = tokens.to(gl.int64) * (2 * C)
+    first = (token * N * C + channel) * 2
+    ask_for_rows(x_ptr, first, end * N, 2 * C, T * N, 2 * B, num_warps)
+    if MERGE:
+        ask_for_rows(f_ptr, (token * C + channel) * 2, end, 2 * C, T, 2 * B, num_warps)
+    ticket = count_up(state_ptr + TICKET)
+    ask_for_share(fn_ptr, COUNT * N * C * 4, num_warps)
     group = ticket // G
     rank = ticket % G
     mail_ptr = state_ptr + MAIL + group * mails
@@ -238,7 +259,7 @@ def post_pre_hopper_kernel(
     queue_tile = gl.allocate_shared_memory(gl.int32, [2, 1], flat1)
     queue_r = gl.allocate_shared_memory(gl.float32, [2, T], flat1)
     full = make_barriers(RX, 1)
-    # X' is given back by the warp that stores it and by those that aggregate it.
+    # X' is given back by the warps that merge, when its copy has read it, and those that aggregate.
     empty = make_barriers(RX, 2 if MERGE else 1)
     f_empty = make_barriers(RF, 1)
     sums_full = make_barriers(RS, 1)
@@ -253,18 +274,18 @@ def post_pre_hopper_kernel(
     queue = (queue_tile, queue_r)
     # fmt: off
     gl.warp_specialize([
-        (merge_tiles, (rings, sums, square_sums, full, f_empty, sums_full, sums_empty, numbers,
-                       fn_ptr, tiles, rank, N, C, T, B, num_warps, RX, RF, RS, COUNT, MERGE)),
+        (merge_tiles, (x_next, rings, sums, square_sums, full, empty, f_empty, sums_full,
+                       sums_empty, numbers, fn_ptr, tiles, rank, N, C, T, B, num_warps, RX, RF, RS,
+                       COUNT, MERGE)),
         (aggregate_tiles, (xs, pre_ring, pre_full, empty, numbers, u_ptr, tokens, tiles, rank, N, C,
                            T, B, RX, 4)),
-        (store_tiles, (x_next, xs, sums, square_sums, empty, sums_full, sums_empty, published,
-                       numbers, quick_ptr, shares_ptr, ready_ptr, tiles, rank, T, B, num_warps, RX,
-                       RS, G, COUNT, MERGE)),
+        (store_shares, (sums, square_sums, sums_full, sums_empty, published, numbers, quick_ptr,
+                        shares_ptr, ready_ptr, tiles, rank, T, num_warps, RX, RS, G, COUNT)),
         (form_pre, (pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
                     quick_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens, tiles, rank, eps,
                     norm_eps, N, C, T, RX, G, COUNT)),
         (load_tiles, (sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles,
-                      chunk, rank, N, T, B, RX, RF, G, MERGE)),
+                      length, long_ones, group, rank, N, T, B, RX, RF, G, MERGE)),
         (form_mappings, (queue, queue_full, queue_empty, shares_ptr, ready_ptr, scale_ptr, base_ptr,
                          m_ptr, post_ptr, comb_ptr, tokens, tiles, eps, N, T, G, COUNT,
                          ITERATIONS)),

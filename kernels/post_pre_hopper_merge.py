@@ -1,8 +1,13 @@
-"""The merging warps of post_pre_hopper_kernel: X' and its products with fn, held in registers."""
+"""The merging warps of post_pre_hopper_kernel: X', and its products with fn, held in registers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    mma_v2,
+    tma,
+)
 
 from .hopper_parts import arrive, columns, separate, stack
 from .post_pre_hopper_groups import TILE_NUMBERS, read_tile
@@ -45,7 +50,8 @@ def operand_of(
 
 @gluon.jit
 def merge_tiles(
-    rings, sums, square_sums, full, f_empty, sums_full, sums_empty, numbers, fn_ptr, tiles, rank,
+    x_next, rings, sums, square_sums, full, empty, f_empty, sums_full, sums_empty, numbers, fn_ptr,
+    tiles, rank,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, W: gl.constexpr,
     RX: gl.constexpr, RF: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
@@ -128,15 +134,21 @@ def merge_tiles(
             square_sums.index(sums_slot).slice(first, PART, 1).store(square)
         if MERGE:
             fence_async_shared()
+            tma.store_wait(0)
         gl.thread_barrier()
         arrive(sums_full.index(sums_slot))
         if MERGE:
+            tma.async_copy_shared_to_global(x_next, [tile * T, 0, rank * B], xs.index(slot))
             # Its loads are over: X' needed them.
             arrive(f_empty.index(k % RF))
+            # The copy before this one has read its X'.
+            mbarrier.expect(empty.index((k + RX - 1) % RX), 0, pred=k > 0)
         k += 1
         mbarrier.wait(full.index(k % RX), (k // RX) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, W)
     sums_slot = k % RS
     mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)
+    if MERGE:
+        tma.store_wait(0)
     gl.thread_barrier()
     arrive(sums_full.index(sums_slot))

@@ -15,15 +15,26 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from kernel_checks import operators, streams_inputs
 
 from megatron_mhc import kernels
+from megatron_mhc.kernels import launch_post_pre_hopper
 
 CASES = (
-    (4, 37, 264, torch.bfloat16),  # two blocks of channels, the second nearly empty
+    (4, 37, 1288, torch.bfloat16),  # groups of six blocks, the last nearly empty
     (4, 9, 40, torch.float32),
     (8, 9, 72, torch.bfloat16),
 )
 
 
+class Zeroing:
+    """torch where the single pass allocates X': initcheck does not see what bulk copies write."""
+
+    empty_like = staticmethod(torch.zeros_like)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 def main() -> None:
+    launch_post_pre_hopper.torch = Zeroing()
     begin, ran = time.monotonic(), 0
     for n, tokens, channels, dtype in CASES:
         inputs = streams_inputs((tokens,), n, channels, dtype, device="cuda")

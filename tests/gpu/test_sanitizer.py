@@ -46,14 +46,19 @@ def test_no_errors(tool, options):
     assert "ERROR SUMMARY: 0 errors" in said, said[-4000:]
 
 
+# In Gluon one thread arrives at a barrier for all warps that wrote or read. racecheck does not
+# follow that and reports each of their rings, so there it can find two writes only. What those
+# barriers must order is in tests/kernels/protocol.py; and repeated launches must have the same bits.
+GLUON = ("post_pre_hopper_kernel", "streams_backward_hopper_kernel")
+
+
 def test_no_hazards_but_the_compilers():
-    """Triton's reductions write equal values from several threads to one place, and its warp
-    specialisation hands over a word by barriers that racecheck does not follow.
-    """
+    """Triton's reductions write equal values from several threads to one place."""
     said = sanitize("racecheck", *OURS)
-    place = r"(\w+) access at (\w+\+0x[0-9a-f]+) in ([\w.]+):\d+"
+    place = r"(\w+) access at (\w+)\+(0x[0-9a-f]+) in"
     for report in re.split(r"Error: Race reported between ", said)[1:]:
-        (first, at, _), *others = re.findall(place, report)
-        for other, other_at, file in others:
+        (first, kernel, at), *others = re.findall(place, report)
+        assert others, report
+        for other, _, other_at in others:
             reduced = (first, other, at) == ("Write", "Write", other_at)
-            assert reduced or file == "streams_backward_hopper_kernel.py", report
+            assert reduced or (kernel in GLUON and first != other), report

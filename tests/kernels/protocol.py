@@ -5,7 +5,7 @@ without arithmetic. Asserts that nobody reads what is not there or overwrites wh
 import random
 
 # Rules that a launch may be told to break.
-MUTATIONS = ("groups by block", "eager reuse", "no wait for shares", "short queue")
+MUTATIONS = ("groups by block", "eager reuse", "no wait for shares", "short queue", "late count")
 
 
 class Deadlock(Exception):
@@ -42,13 +42,13 @@ class Launch:
     """One launch. ``resident``: how many of its blocks the machine holds at a time."""
 
     def __init__(
-        self, seed, G, groups, resident, tiles, RX, RF, RS, chunk, merge, head, mutation=None
+        self, seed, G, groups, resident, tiles, RX, RF, RS, long_ones, merge, head, mutation=None
     ):
         self.random = random.Random(seed)
         self.G, self.groups, self.resident, self.tiles = G, groups, resident, tiles
-        self.RX, self.RF, self.RS, self.chunk = RX, RF, RS, chunk
+        self.RX, self.RF, self.RS, self.long_ones = RX, RF, RS, long_ones
         self.merge, self.head, self.mutation = merge, head, mutation
-        self.tickets = self.drawn = 0
+        self.tickets, self.drawn = 0, groups
         self.mail, self.shares = {}, [set() for _ in range(tiles)]
         self.counted = [0] * tiles
         self.aggregated, self.mapped = [0] * tiles, [0] * tiles
@@ -82,6 +82,10 @@ class Launch:
         assert self.aggregated == [self.G] * self.tiles
         assert self.mapped == [0 if self.head else 1] * self.tiles
 
+    def first_tile(self, number):
+        """Of a chunk: the long ones have two tiles, the others one."""
+        return 2 * number if number < self.long_ones else self.long_ones + number
+
     def pause(self, most):
         for _ in range(self.random.choice((0, 0, 0, most))):
             yield None
@@ -109,11 +113,7 @@ class Launch:
         def draw(j):
             self.mail[group, j] = self.drawn
             self.drawn += 1
-            return self.mail[group, j] * self.chunk < tiles
-
-        def receive(j):
-            yield lambda: (group, j) in self.mail
-            return self.mail[group, j] * self.chunk
+            return self.first_tile(self.mail[group, j]) < tiles
 
         def land(k, ring, depth, what):
             yield from self.pause(5)
@@ -121,11 +121,14 @@ class Launch:
             full[k % RX].landed()
 
         def load():
-            drawing = rank == self.G - 1 and draw(0)
-            tile = yield from receive(0)
-            k = 0
+            drawing = rank == self.G - 1
+            k = j = 0
+            tile, end = self.first_tile(group), self.first_tile(group + 1)
+            begins = True
             while tile < tiles:
                 yield empty[k % RX].ended(k, RX, True)
+                if k == 1:
+                    yield full[0].ended(0, RX)
                 numbers[k % 32] = k, tile
                 full[k % RX].copies += 1 + self.merge
                 full[k % RX].arrive()
@@ -135,14 +138,25 @@ class Launch:
                     yield f_empty[k % RF].ended(k, RF, True)
                     self.tasks.append(land(k, fs, RF, "f"))
                     yield None
-                if drawing and k % self.chunk == 0:
-                    drawing = draw(k // self.chunk + 1)
+                if drawing and begins:
+                    drawing = draw(j + 1)
                 k, tile = k + 1, tile + 1
-                if k % self.chunk == 0:
-                    tile = yield from receive(k // self.chunk)
+                begins = tile == end
+                if begins:
+                    j += 1
+                    yield lambda j=j: (group, j) in self.mail
+                    number = self.mail[group, j]
+                    tile, end = self.first_tile(number), self.first_tile(number + 1)
             yield empty[k % RX].ended(k, RX, True)
             numbers[k % 32] = k, tiles
             full[k % RX].arrive()
+
+        copies = set()  # of X', to memory
+
+        def copy_out(k):
+            yield from self.pause(20)
+            assert xs[k % RX] == ("merged", k)
+            copies.remove(k)
 
         def merge():
             k = 0
@@ -157,19 +171,31 @@ class Launch:
                 yield sums_empty[k % RS].ended(k, RS, True)
                 sums[k % RS] = k
                 yield None
+                if self.merge and self.mutation != "eager reuse":
+                    yield lambda: not copies
                 sums_full[k % RS].arrive()
                 if self.merge:
                     assert fs[k % RF] == ("f", k)
+                    copies.add(k)
+                    self.tasks.append(copy_out(k))
                     f_empty[k % RF].arrive()
+                    if k:
+                        empty[(k - 1) % RX].arrive()
                 k += 1
                 yield full[k % RX].ended(k, RX)
             yield sums_empty[k % RS].ended(k, RS, True)
             sums_full[k % RS].arrive()
 
+        def count(first, end):
+            for k in range(first, end):
+                self.counted[number(k)] += 1
+
         def store():
             k = 0
             yield sums_full[0].ended(0, RS)
             while (tile := number(k)) < tiles:
+                if k and k % 4 == 0:
+                    count(k - 4, k)
                 assert sums[k % RS] == k
                 yield from self.pause(10)
                 self.shares[tile].add(rank)
@@ -178,17 +204,10 @@ class Launch:
                 sums_empty[k % RS].arrive()
                 published[k % RX].arrive()
                 yield from self.pause(10)
-                self.counted[tile] += 1
-                done = k if self.mutation == "eager reuse" else k - 1
-                if self.merge and done >= 0:
-                    if self.mutation == "eager reuse":
-                        empty[done % RX].arrive()
-                    yield from self.pause(10)
-                    assert xs[done % RX] == ("merged", done)
-                    if self.mutation != "eager reuse":
-                        empty[done % RX].arrive()
                 k += 1
                 yield sums_full[k % RS].ended(k, RS)
+            if self.mutation != "late count":
+                count(max(k - 1, 0) // 4 * 4, k)
             published[k % RX].arrive()
 
         def form_pre():

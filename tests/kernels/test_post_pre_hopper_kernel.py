@@ -17,7 +17,7 @@ from megatron_mhc.kernels import launch, launch_post_pre_hopper
     ("multiprocessors", "channels", "taken"),
     [(132, 1280, True), (132, 2560, True), (132, 4096, True)]
     # Groups of 20, 24, 28 and 32 blocks; mostly padding; too narrow; six blocks for 1288 channels.
-    + [(132, 5120, True), (132, 6144, True), (132, 7168, False), (132, 8192, False)]
+    + [(132, 5120, True), (132, 6144, True), (132, 7168, True), (132, 8192, False)]
     + [(132, 64, False), (132, 512, False), (132, 1288, True)]
     # 78 multiprocessors: four groups of 16 leave 14 idle, seven of 10 leave 8.
     + [(78, 4096, False), (78, 2560, True), (8, 4096, False)],

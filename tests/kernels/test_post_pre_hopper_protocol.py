@@ -10,16 +10,17 @@ def draw_case(seed):
     """A small launch; often fewer blocks run at a time than there are, but always a whole group."""
     draw = random.Random(seed)
     G, groups = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 3))
+    tiles = draw.choice((1, 2, 7, 23))
     return {
         "seed": seed,
         "G": G,
         "groups": groups,
         "resident": draw.choice((G, G * groups, max(G, G * groups - 1))),
-        "tiles": draw.choice((1, 2, 7, 23)),
+        "tiles": tiles,
         "RX": draw.choice((2, 3, 5, 6)),
         "RF": draw.choice((1, 2, 3)),
         "RS": draw.choice((1, 2)),
-        "chunk": draw.choice((1, 2, 4)),
+        "long_ones": draw.randrange(tiles // 2 + 1),
         "merge": draw.random() < 0.7,
         "head": draw.random() < 0.2,
     }
