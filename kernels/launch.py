@@ -212,7 +212,7 @@ def forward(
         # Gluon, which other GPUs need not have.
         from .launch_post_pre_hopper import pays, post_pre_hopper
 
-        if pays(channels, x.device):
+        if pays(channels, merge is not None, x.device):
             return post_pre_hopper(x, merge, mapping, iterations, eps, norm_eps)
     f, post, comb = merge or (None, None, None)
     fn, scale, base = mapping or (None, None, None)

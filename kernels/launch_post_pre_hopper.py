@@ -25,9 +25,9 @@ BLOCK_C = 256
 # Tokens of a tile and depths of the rings, with a merge and without.
 POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
 PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
-# Blocks of a group that pay: at 512 channels (2 blocks) the two kernels that serve every GPU are
-# faster.
-GROUPS = range(5, 29)
+# Blocks of a group that pay, with a merge and without. Else the two kernels that serve every GPU
+# are faster: at 512 channels (2 blocks), and at 7168 (28) without a merge, 157 us against 165.
+GROUPS = {True: range(5, 29), False: range(5, 25)}
 # Share of all multiprocessors' channels that must be channels of X: a tile takes as long where many
 # are padding. At 6144 it is 0.91, in 171 us against 200.
 LEAST_SHARE = 5 / 6
@@ -36,12 +36,12 @@ LEAST_SHARE = 5 / 6
 CHUNK, SINGLES = 4, 4
 
 
-def pays(channels: int, device: torch.device) -> bool:
+def pays(channels: int, merges: bool, device: torch.device) -> bool:
     """Whether one pass over X is faster than the two kernels for every GPU."""
     size = cdiv(channels, BLOCK_C)
     slots = multiprocessors(device)
     fills = slots // size * channels >= LEAST_SHARE * slots * BLOCK_C
-    return size in GROUPS and fills
+    return size in GROUPS[merges] and fills
 
 
 class Plan(NamedTuple):

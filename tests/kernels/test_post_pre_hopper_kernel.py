@@ -25,7 +25,10 @@ from megatron_mhc.kernels import launch, launch_post_pre_hopper
 def test_the_single_pass_is_taken_where_it_pays(monkeypatch, multiprocessors, channels, taken):
     count = lambda device: multiprocessors  # noqa: E731
     monkeypatch.setattr(launch_post_pre_hopper, "multiprocessors", count)
-    assert launch_post_pre_hopper.pays(channels, torch.device("cuda:0")) is taken
+    pays = launch_post_pre_hopper.pays
+    assert pays(channels, True, torch.device("cuda:0")) is taken
+    # Without a merge not in groups of 28.
+    assert pays(channels, False, torch.device("cuda:0")) is (taken and channels != 7168)
 
 
 def noting(function, calls):
@@ -42,7 +45,7 @@ def test_forward_calls_it_with_a_mapping_and_tokens(monkeypatch, served):
     monkeypatch.setattr(launch, "serves_hopper", lambda x, n: served)
     for name in ("forward_plan", "split_weight"):
         monkeypatch.setattr(launch, name, noting(getattr(launch, name), calls))
-    monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda channels, device: channels == 256)
+    monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda channels, *_: channels == 256)
     single = lambda *_: calls.append("one")  # noqa: E731
     monkeypatch.setattr(launch_post_pre_hopper, "post_pre_hopper", single)
     mapping = torch.zeros(24, 4 * 256), torch.ones(3), torch.zeros(24)
