@@ -56,6 +56,31 @@ CASES = (
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
 """Name of a link to the environment that makes NCCL use it."""
 RANKS = 2
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
+
+
+def check_groups(args) -> None:
+    """That Megatron's interleaved schedule takes the micro-batches in these groups.
+
+    Raises:
+        UserError: it does not.
+    """
+    stages, most = (args.stages, args.chunks[0]) if args.estimate else (RANKS, max(args.chunks))
+    group = args.group or stages
+    if most == 1:
+        if args.group:
+            raise UserError(f"{GROUP} {group}: only chunks have groups; give --chunks 2 or more")
+        return
+    if not stages <= group <= args.micro_batches:
+        raise UserError(
+            f"{GROUP} {group}: has to be from {stages}, the number of stages, "
+            f"to {args.micro_batches}, that of --micro-batches"
+        )
+    if 0 < (left := args.micro_batches % group) < stages:
+        raise UserError(
+            f"--micro-batches {args.micro_batches}: in groups of {group} the last one has {left}, "
+            f"Megatron takes no fewer than stages ({stages}); change either number"
+        )
 
 
 def estimate(args) -> None:
@@ -69,7 +94,7 @@ def estimate(args) -> None:
         tokens=args.length * args.micro_batch,
         link=args.link,
         forward_ms=args.forward_ms,
-        group=args.group or 0,
+        group=args.group,
     )
     table = Table(
         title=f"{cluster.stages} stages x {cluster.chunks} chunks, {cluster.micro_batches} "
@@ -259,10 +284,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument(
-        "--microbatch-group-size-per-virtual-pipeline-stage",
-        type=int,
-        dest="group",
-        help="Megatron's; default: the number of stages",
+        GROUP, type=int, default=0, dest="group", help="Megatron's; default: the number of stages"
     )
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--trace", action="store_true", help="of every staged case")
@@ -273,6 +295,7 @@ def main() -> None:
     parser.add_argument("--link", type=float, default=50.0, help="GB/s of --estimate")
     parser.add_argument("--forward-ms", type=float, default=10.0, help="chunk's, of --estimate")
     args = parser.parse_args()
+    check_groups(args)
     if args.estimate:
         estimate(args)
     elif args.out is None:

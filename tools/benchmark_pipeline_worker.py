@@ -140,7 +140,7 @@ def transformer_config(settings: dict, mode: Mode, stages: int, chunks: int) -> 
         persist_layer_norm=False,
         pipeline_model_parallel_size=stages,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-        microbatch_group_size_per_vp_stage=settings["group"],
+        microbatch_group_size_per_vp_stage=settings["group"] or None,
         # As megatron.training sets them, and as overlap post does.
         deallocate_pipeline_outputs=not mode.base.endswith("-kept"),
         overlap_p2p_comm=overlap_p2p,
@@ -205,7 +205,7 @@ class Division:
             settings["length"] * settings["micro_batch"],
             settings["streams"] * settings["hidden"],
         )
-        self._schedule = Schedule(chunks, (settings["group"] or 0) if chunks > 1 else 0)
+        self._schedule = Schedule(chunks, settings["group"])
         self._priority = send_boundary()
         self._tracks: dict[str, tuple[CopyTracks | Tracks, float]] = {}
 

@@ -62,7 +62,7 @@ class Cluster:
         Through the stages once nothing else is there to be done. Until it is back at a stage for
         the next chunk, that runs the group's other micro-batches.
         """
-        others = max(self.group - self.stages, 0) if self.group else 0
+        others = max(self.group - self.stages, 0)
         back = max(0.0, self.stages * transfer - others * pass_ms)
         return (self.stages - 1) * transfer + (self.chunks - 1) * back
 

@@ -59,7 +59,7 @@ def on_paper(result: dict, settings: dict) -> float | None:
         streams=settings["streams"],
         tokens=settings["length"] * settings["micro_batch"],
         link=result["link_gb_s"],
-        group=settings["group"] or 0,
+        group=settings["group"],
         forward_ms=max(result["compute_ms"]) / passes / 3,
     ).exposed_ms(result["mode"])
 

@@ -4,6 +4,12 @@ without arithmetic. Asserts that nobody reads what is not there or overwrites wh
 
 import random
 
+import interpreter  # noqa: F401
+
+from megatron_mhc.kernels.post_pre_hopper_groups import COUNTED, TILE_NUMBERS
+
+BATCH, NUMBERS = COUNTED.value, TILE_NUMBERS.value
+
 # Rules that a launch may be told to break.
 MUTATIONS = ("groups by block", "eager reuse", "no wait for shares", "short queue", "late count")
 
@@ -106,7 +112,7 @@ class Launch:
         numbers = {}
 
         def number(k):
-            use, tile = numbers[k % 32]
+            use, tile = numbers[k % NUMBERS]
             assert use == k
             return tile
 
@@ -129,7 +135,7 @@ class Launch:
                 yield empty[k % RX].ended(k, RX, True)
                 if k == 1:
                     yield full[0].ended(0, RX)
-                numbers[k % 32] = k, tile
+                numbers[k % NUMBERS] = k, tile
                 full[k % RX].copies += 1 + self.merge
                 full[k % RX].arrive()
                 self.tasks.append(land(k, xs, RX, "x"))
@@ -148,7 +154,7 @@ class Launch:
                     number = self.mail[group, j]
                     tile, end = self.first_tile(number), self.first_tile(number + 1)
             yield empty[k % RX].ended(k, RX, True)
-            numbers[k % 32] = k, tiles
+            numbers[k % NUMBERS] = k, tiles
             full[k % RX].arrive()
 
         copies = set()  # of X', to memory
@@ -194,8 +200,8 @@ class Launch:
             k = 0
             yield sums_full[0].ended(0, RS)
             while (tile := number(k)) < tiles:
-                if k and k % 4 == 0:
-                    count(k - 4, k)
+                if k and k % BATCH == 0:
+                    count(k - BATCH, k)
                 assert sums[k % RS] == k
                 yield from self.pause(10)
                 self.shares[tile].add(rank)
@@ -207,7 +213,7 @@ class Launch:
                 k += 1
                 yield sums_full[k % RS].ended(k, RS)
             if self.mutation != "late count":
-                count(max(k - 1, 0) // 4 * 4, k)
+                count(max(k - 1, 0) // BATCH * BATCH, k)
             published[k % RX].arrive()
 
         def form_pre():

@@ -139,8 +139,9 @@ def test_the_workers_kernels_become_traces_and_a_picture(tmp_path):
         assert len(json.load(file)["traceEvents"]) == len(chrome_trace(kernels)["traceEvents"])
 
 
+GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 SETTINGS = {"micro_batches": 8, "hidden": 4096, "streams": 4, "length": 4096, "micro_batch": 2}
-SETTINGS |= {"group": None}
+SETTINGS |= {"group": 0}
 
 
 def result(mode: str, stages: int, step_ms: float, **more) -> dict:
@@ -206,6 +207,24 @@ def test_a_folder_is_asked_for():
     done = run_tool()
     assert done.returncode == 2
     assert "error: --out: a folder for the results is needed, or --estimate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((GROUP, 1), f"{GROUP} 1: has to be from 2, the number of stages, to 8"),
+        ((GROUP, 9), f"{GROUP} 9: has to be from 2, the number of stages, to 8"),
+        ((GROUP, -2), f"{GROUP} -2: has to be from 2"),
+        ((GROUP, 4, "--chunks", 1), f"{GROUP} 4: only chunks have groups"),
+        (("--micro-batches", 7), "--micro-batches 7: in groups of 2 the last one has 1"),
+        (("--estimate", "--stages", 4, GROUP, 3), f"{GROUP} 3: has to be from 4"),
+    ],
+)
+def test_groups_that_megatron_does_not_take_are_refused(tmp_path, flags, message):
+    done = run_tool("--out", tmp_path / "out", *flags)
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", ["posts", "plain@2", "post@2", "nccl@", "nccl@few"])
