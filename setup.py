@@ -33,10 +33,11 @@ setup(
         "rich",
     ],
     extras_require={
-        "te": ["transformer-engine[pytorch]>=2.20"],
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.20"],
         "modelopt": ["nvidia-modelopt>=0.47"],
         "convert": ["safetensors", "transformers>=5.17"],
         "dev": [
+            "greenlet",
             "hypothesis",
             "pytest",
             "pytest-timeout",

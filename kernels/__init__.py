@@ -137,8 +137,8 @@ def mhc_pre(
             ``main_grad``: the backward pass adds their gradients to it as Megatron's linear layers
             do under ``gradient_accumulation_fusion`` (:mod:`.main_grad`), and autograd gets
             memory that nobody has written in their place. To be used under Megatron's
-            DistributedDataParallel only, whose hooks know that. Everywhere else gradients are
-            returned as without it.
+            DistributedDataParallel only, whose hooks know that, and also added to when only x's
+            gradient is asked for. Everywhere else gradients are returned as without it.
 
     Returns:
         u [..., C] of x's dtype, post [..., n] float32, comb [..., n, n] float32, index (in, out);

@@ -19,6 +19,10 @@ _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
 
 
+# Bytes of shared memory a block that the gradient for eight streams takes (sm_90 and others).
+EIGHT_STREAMS_MEMORY = 144 * 1024
+
+
 # Constant to torch.compile: what a machine is does not belong into a graph.
 @torch.compiler.assume_constant_result
 @lru_cache
@@ -28,10 +32,24 @@ def _device_problem(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
+    if torch.version.hip:
+        return "the kernels are for NVIDIA's GPUs"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"compute capability {major}.{minor} is less than 8.0"
     return None
+
+
+@torch.compiler.assume_constant_result
+@lru_cache
+def _memory_problem(device: torch.device, n: int) -> str | None:
+    """Why ``n`` streams are too many for the shared memory of ``device``, or None."""
+    if n < 8:
+        return None
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if memory >= EIGHT_STREAMS_MEMORY:
+        return None
+    return f"n={n} takes {EIGHT_STREAMS_MEMORY >> 10} KB of shared memory, there are {memory >> 10}"
 
 
 @torch.compiler.assume_constant_result
@@ -56,6 +74,8 @@ def _triton_problem(
         return f"n={n} is not one of {', '.join(map(str, TRITON_STREAMS))}"
     if channels is not None and channels % 8:
         return f"C={channels} is not a multiple of 8"
+    if len({tensor.device for tensor in tensors}) > 1:
+        return "the tensors are on several devices"
     dtypes = [tensor.dtype for tensor in tensors] if dtype is None else [dtype]
     for found in dtypes:
         if found not in TRITON_DTYPES:
@@ -63,9 +83,9 @@ def _triton_problem(
     # Triton's interpreter is for tests that ask for it by name: nobody wants it chosen for them.
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if tensors:
-        return _device_problem(tensors[0].device)
-    return _device_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = tensors[0].device if tensors else device
+    return _device_problem(device) or _memory_problem(device, n or 0)
 
 
 def check_backend(backend: str) -> None:

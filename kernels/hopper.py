@@ -31,9 +31,10 @@ def hopper(device: torch.device) -> bool:
     return True
 
 
-def serves_hopper(x: Tensor, n: int) -> bool:
-    """Whether the Hopper kernels take these streams."""
-    return n == 4 and x.dtype == torch.bfloat16 and hopper(x.device)
+def serves_hopper(x: Tensor, f: Tensor | None, n: int) -> bool:
+    """Whether the Hopper kernels take these streams, merged with f: of x's dtype, or None."""
+    same = f is None or f.dtype == x.dtype
+    return same and n == 4 and x.dtype == torch.bfloat16 and hopper(x.device)
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -208,11 +208,11 @@ def forward(
         empty for the head, whose fn has n rows.
     """
     tokens, n, channels = sizes(x)
-    if mapping and tokens and serves_hopper(x, n):
+    if mapping and tokens and serves_hopper(x, merge and merge[0], n):
         # Gluon, which other GPUs need not have.
         from .launch_post_pre_hopper import pays, post_pre_hopper
 
-        if pays(channels, merge is not None, x.device):
+        if pays(channels, x.device):
             return post_pre_hopper(x, merge, mapping, iterations, eps, norm_eps)
     f, post, comb = merge or (None, None, None)
     fn, scale, base = mapping or (None, None, None)

@@ -63,7 +63,8 @@ def backward(
     fn = mapping[0] if mapping else None
     f = merge[0] if merge else None
     head = fn is not None and fn.shape[0] == n
-    if merge and mapping and dx_next is not None and tokens and not head and serves_hopper(x, n):
+    whole = merge and mapping and dx_next is not None and tokens and not head
+    if whole and serves_hopper(x, f, n):
         dx, df, shares = streams_backward_hopper(x, f, fn, dx_next, du, numbers, planes)
     else:
         dx, df, shares = streams_backward(x, merge, fn, dx_next, du, numbers, planes)

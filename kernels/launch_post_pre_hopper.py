@@ -13,7 +13,6 @@ from .post_pre_hopper_kernel import (
     COMB_TILE,
     NUM_WARPS,
     POST_TILE,
-    REGISTERS,
     STREAMS_TILE,
     TILE,
     post_pre_hopper_kernel,
@@ -25,9 +24,14 @@ BLOCK_C = 256
 # Tokens of a tile and depths of the rings, with a merge and without.
 POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
 PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
-# Blocks of a group that pay, with a merge and without. Else the two kernels that serve every GPU
-# are faster: at 512 channels (2 blocks), and at 7168 (28) without a merge, 157 us against 165.
-GROUPS = {True: range(5, 29), False: range(5, 25)}
+# Registers of a thread of the warps that aggregate, store shares, form pre, load, and form
+# mappings; the merging ones have as many with either. The shares of 28 blocks do not fit the fewer
+# (8192 x 7168: 411 us for 368, without a merge 320 for 260). With a merge, and 10 of them, those
+# are 2 % faster.
+REGISTERS, FEW_SHARES = (64, 48, 112, 40, 56), (64, 48, 80, 40, 56)
+# Blocks of a group that pay: at 512 channels (2 blocks) the two kernels that serve every GPU are
+# faster.
+GROUPS = range(5, 33)
 # Share of all multiprocessors' channels that must be channels of X: a tile takes as long where many
 # are padding. At 6144 it is 0.91, in 171 us against 200.
 LEAST_SHARE = 5 / 6
@@ -36,12 +40,12 @@ LEAST_SHARE = 5 / 6
 CHUNK, SINGLES = 4, 4
 
 
-def pays(channels: int, merges: bool, device: torch.device) -> bool:
+def pays(channels: int, device: torch.device) -> bool:
     """Whether one pass over X is faster than the two kernels for every GPU."""
     size = cdiv(channels, BLOCK_C)
     slots = multiprocessors(device)
     fills = slots // size * channels >= LEAST_SHARE * slots * BLOCK_C
-    return size in GROUPS[merges] and fills
+    return size in GROUPS and fills
 
 
 class Plan(NamedTuple):
@@ -93,7 +97,7 @@ def plan_of(
         COUNT=count,
         ITERATIONS=iterations,
         MERGE=merges,
-        REGISTERS=REGISTERS,
+        REGISTERS=FEW_SHARES if merges and size <= 16 else REGISTERS,
         num_warps=NUM_WARPS,
     )
     words = tiles * size * QUICK.value * block_t + MAIL.value + groups * mails + tiles

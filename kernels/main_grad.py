@@ -39,8 +39,8 @@ def mark_added(parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
 
     That is memory that nobody has written. A gradient has a device, and so the hook, which starts
     the reduction of a bucket, runs on autograd's thread for it and on a stream that has waited for
-    the addition. It is zeros where ``zero_out_wgrad`` says that the hook adds it all the same, and
-    None for a parameter without Megatron's hook.
+    the addition. It is zeros where ``zero_out_wgrad`` says that the hook adds it all the same or
+    autograd looks for NaN in it, and None for a parameter without Megatron's hook.
     """
     return tuple(map(_mark, parameters))
 
@@ -49,6 +49,6 @@ def _mark(parameter: Tensor) -> Tensor | None:
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
     parameter.grad_added_to_main_grad = True
-    if getattr(parameter, "zero_out_wgrad", False):
+    if getattr(parameter, "zero_out_wgrad", False) or torch.is_anomaly_enabled():
         return torch.zeros_like(parameter)
     return torch.empty_like(parameter)

@@ -1,6 +1,7 @@
 """Operators in two forms: torch.library's for tracing, a plain autograd function for eager mode."""
 
 from collections.abc import Callable
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ def operator(
     torch.autograd.Function of the same functions, or the implementation itself: with a host as slow
     as a GPU's, the Python of torch.library's wrappers is part of the step.
 
+    Gradients have no graph of their own: with ``create_graph`` they are refused.
+
     An operator with a gradient also takes ``parameters``, whose gradients its backward pass may add
     to their ``main_grad``: ``ctx.parameters`` in ``grad``. A traced graph changes none of its
     inputs, so torch.compile breaks its graph at such a call: a step of which a part returned
@@ -27,6 +30,7 @@ def operator(
     """
 
     def decorate(function: Callable) -> Callable:
+        function = on_its_device(function)
         traced = torch.library.custom_op(f"mhc::{name}", function, mutates_args=())
         traced.register_fake(fake)
         if grad is None:
@@ -36,7 +40,15 @@ def operator(
 
             return call
 
-        traced.register_autograd(grad, setup_context=save)
+        def first_grad(ctx, *grads):
+            if torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"mhc {name}: Triton's gradient has no gradient (create_graph=True); "
+                    "backend='torch' has one"
+                )
+            return grad(ctx, *grads)
+
+        traced.register_autograd(first_grad, setup_context=save)
 
         # Not setup_context: torch binds the signature of such a function in every call.
         def forward(ctx, parameters, *inputs):
@@ -48,7 +60,7 @@ def operator(
             return output
 
         def backward(ctx, *grads):
-            return None, *grad(ctx, *grads)
+            return None, *first_grad(ctx, *grads)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         eager = type(name, (torch.autograd.Function,), members).apply
@@ -64,6 +76,22 @@ def operator(
         return call
 
     return decorate
+
+
+def on_its_device(function: Callable) -> Callable:
+    """The function, with the device of its first argument, a tensor, as the current one: Triton
+    launches on that.
+    """
+
+    @wraps(function)
+    def call(*arguments):
+        device = arguments[0].get_device()
+        if device < 0 or device == torch._C._cuda_getDevice():
+            return function(*arguments)
+        with torch.cuda.device(device):
+            return function(*arguments)
+
+    return call
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, int, float, type(None)}

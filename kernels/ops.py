@@ -15,7 +15,7 @@ from .expand_kernel import launch_expand
 from .launch_backward import backward
 from .launch_replay import Merge, launch_replay
 from .main_grad import main_grads_of, mark_added
-from .operator import operator
+from .operator import on_its_device, operator
 from .sinkhorn_kernel import launch_sinkhorn
 
 Mapped = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -369,6 +369,7 @@ def post_pre(
     return _post_pre(*merge, *mapping, iterations, eps, norm_eps, parameters=parameters)[:5]
 
 
+@on_its_device
 def replay(
     x: Tensor, merges: Sequence[Merge | None], pres: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:

@@ -45,9 +45,6 @@ TILE = gl.NVMMASharedLayout(128, 16, rank=2)
 STREAMS_TILE = gl.NVMMASharedLayout(128, 16, rank=3)
 POST_TILE = gl.NVMMASharedLayout(0, 32, rank=2)
 COMB_TILE = gl.NVMMASharedLayout(64, 32, rank=2)
-# Registers of a thread of the aggregating, storing, pre-forming, loading and mapping warps; the
-# merging ones get the rest.
-REGISTERS = (64, 48, 80, 40, 56)
 
 
 @gluon.jit
@@ -213,6 +210,8 @@ def post_pre_hopper_kernel(
     shares [tiles, G, ROWS, T] is scratch; the int32 words of state must be UNSET: tiles * G * QUICK
     * T quick shares, MAIL + groups * mails + tiles counts, with ``mails`` one more than there are
     chunks: ``long_ones`` of ``length`` tiles, the rest of one. The grid is groups * G blocks.
+    REGISTERS: of a thread of the warps that aggregate, store shares, form pre, load, and form
+    mappings.
     """
     G: gl.constexpr = (C + B - 1) // B
     GROUPS: gl.constexpr = (COUNT + 7) // 8

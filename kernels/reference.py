@@ -66,6 +66,12 @@ def rms_norm(x: Tensor, norm_eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
 
 
+def products(normed: Tensor, fn: Tensor) -> Tensor:
+    """fn @ normed, of every token, in their own dtype: autocast would round both to bfloat16."""
+    with torch.autocast(normed.device.type, enabled=False):
+        return normed @ fn.T
+
+
 def mhc_mappings(
     x: Tensor,
     fn: Tensor,
@@ -95,13 +101,13 @@ def mhc_mappings(
     n = x.shape[-2]
     x = x.to(accumulation_dtype(x.dtype))
     if residual_mixing == "unconstrained":
-        m = torch.tanh(rms_norm(x, norm_eps) @ fn.T)  # [..., n, 2+n], a row per stream
+        m = torch.tanh(products(rms_norm(x, norm_eps), fn))  # [..., n, 2+n], a row per stream
         pre = m[..., 0] * scale[0] + base[:n]
         post = m[..., 1] * scale[1] + base[n : 2 * n]
         comb = m[..., 2:] * scale[2] + base[2 * n :].unflatten(-1, (n, n))
         return pre, post, comb
 
-    m = rms_norm(x.flatten(-2), norm_eps) @ fn.T
+    m = products(rms_norm(x.flatten(-2), norm_eps), fn)
     pre = torch.sigmoid(m[..., :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(m[..., n : 2 * n] * scale[1] + base[n : 2 * n])
     if residual_mixing == "identity":
@@ -236,7 +242,7 @@ def mhc_head(
         sum pre [..., n], without a gradient.
     """
     flat = x.to(accumulation_dtype(x.dtype)).flatten(-2)
-    m = rms_norm(flat, norm_eps) @ fn.T
+    m = products(rms_norm(flat, norm_eps), fn)
     pre = torch.sigmoid(m * scale + base) + eps
     h = aggregate(x, pre)
     return (h, pre.detach()) if return_pre else h

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import columns, make_barriers, separate, stack
+from .hopper_parts import arrive, columns, make_barriers, separate, stack
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 8
 TILE = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -75,18 +75,18 @@ def load_tiles(
     sources, rings, full, empty, begin, steps, tiles,
     N: gl.constexpr, T: gl.constexpr, B: gl.constexpr,
 ):  # fmt: skip
-    """The loading warp: tiles of x, dx_next, f and du two deep, the tokens' numbers three deep."""
+    """The loading warp: tiles of x, dx_next, f and du two deep, the tokens' numbers three deep.
+    Tile k - 3, whose numbers lie where tile k's go, was done when tile k - 1 could be loaded.
+    """
     x, dx_next, f, du, numbers, planes = sources
     xs, gs, fs, dus, number_ring, plane_ring = rings
     x_full, g_full, f_full, du_full, number_full, plane_full = full
-    tiles_empty, numbers_empty = empty
     wide: gl.constexpr = N * T * B * 2
     narrow: gl.constexpr = T * B * 2
     for step in range(steps):
         t = (begin + step) % tiles * T
         channel = (begin + step) // tiles * B
         slot = step % 3
-        mbarrier.wait(numbers_empty.index(slot), ((step // 3) & 1) ^ 1)
         mbarrier.expect(number_full.index(slot), T * 64 * 4)
         mbarrier.expect(plane_full.index(slot), T * 64 * 2)
         bar = number_full.index(slot)
@@ -94,7 +94,7 @@ def load_tiles(
         bar = plane_full.index(slot)
         tma.async_copy_global_to_shared(planes, [t, 0], bar, plane_ring.index(slot))
         slot = step % 2
-        mbarrier.wait(tiles_empty.index(slot), ((step // 2) & 1) ^ 1)
+        mbarrier.wait(empty.index(slot), ((step // 2) & 1) ^ 1)
         mbarrier.expect(x_full.index(slot), wide)
         mbarrier.expect(g_full.index(slot), wide)
         mbarrier.expect(f_full.index(slot), narrow)
@@ -135,7 +135,6 @@ def sum_tiles(
     dx_out, df_out = targets
     xs, gs, fs, dus, number_ring, plane_ring = rings
     x_full, g_full, f_full, du_full, number_full, plane_full = full
-    tiles_empty, numbers_empty = empty
     weight, products, merged_tile, dx_tile, df_tile = buffers
     merged_flat = merged_tile._reinterpret(gl.bfloat16, [T, N * B], tile)
     merged_rows = merged_flat.permute((1, 0))
@@ -185,12 +184,10 @@ def sum_tiles(
                     stream += scalars[N + i * N + o][:, None] * streams[i].to(gl.float32)
                 merged = merged + (stream.to(gl.bfloat16),)
             merged_tile.store(gl.permute(gl.reshape(stack(merged, N), (T, B, N)), (2, 0, 1)))
-            tma.store_wait(0)
             fence_async_shared()
+            tma.store_wait(0)
             gl.thread_barrier()
 
-            # All warps are past the last step's products: its numbers may be overwritten.
-            mbarrier.arrive(numbers_empty.index((step + 2) % 3), pred=step > 0)
             mbarrier.wait(plane_full.index(number_slot), (step // 3) & 1)
             planes = plane_ring.index(number_slot)
             hi = planes.slice(0, ROWS, dim=1)
@@ -233,9 +230,13 @@ def sum_tiles(
             for i in gl.static_range(N):
                 rounded = rounded + (dx[i].to(gl.bfloat16),)
             dx_tile.store(gl.permute(gl.reshape(stack(rounded, N), (T, B, N)), (0, 2, 1)))
+            # Four warps at a time multiply, and wait for themselves: all must have, before the
+            # barrier after which another tile takes the place of X'.
+            sums = warpgroup_mma_wait(1, deps=(running,))
             fence_async_shared()
             gl.thread_barrier()
-            mbarrier.arrive(tiles_empty.index(slot))
+            # The tile's numbers are free too: the loading warp waits for this before the next.
+            arrive(empty.index(slot))
             tma.async_copy_shared_to_global(df_out, [t, channel], df_tile)
             tma.async_copy_shared_to_global(dx_out, [t, 0, channel], dx_tile)
 
@@ -260,7 +261,7 @@ def sum_tiles(
                 mine = valid & (((lane & 1) == 0) | (j < 2))
                 share_at = gl.where(of_post < 0, at_comb, at_post)
                 gl.store(share_at, shares[j], mask=mine, eviction_policy="evict_last")
-            product, sums = warpgroup_mma_wait(0, deps=(product, running))
+            product = warpgroup_mma_wait(0, deps=(product,))
 
         m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))
         k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, bf16))
@@ -312,7 +313,7 @@ def streams_backward_hopper_kernel(
         make_barriers(3, 1),
         make_barriers(3, 1),
     )
-    empty = (make_barriers(2, 1), make_barriers(3, 1))
+    empty = make_barriers(2, 1)
     fence_async_shared()
     gl.thread_barrier()
 

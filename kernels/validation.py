@@ -54,13 +54,20 @@ def check_parameters(expected: dict[str, tuple[int, ...]], **parameters: Tensor)
             )
 
 
+def check_mapping(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """A mapping of every token, as exact as the operator that gave it."""
+    check_shape(name, tensor, shape)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} is {tensor.dtype}: mappings stay float32, in bf16 models too")
+
+
 def check_merge(x: Tensor, f: Tensor, post: Tensor, comb: Tensor) -> None:
     """f [..., C], post [..., n] and comb [..., n, n] belong to x [..., n, C]."""
     check_streams(x)
     *tokens, n, channels = x.shape
     check_shape("f", f, (*tokens, channels))
-    check_shape("post", post, (*tokens, n))
-    check_shape("comb", comb, (*tokens, n, n))
+    check_mapping("post", post, (*tokens, n))
+    check_mapping("comb", comb, (*tokens, n, n))
 
 
 def check_replay(
@@ -73,7 +80,7 @@ def check_replay(
             f"{len(merges)} merges and {len(pres)} pres: expected one of each for every sublayer"
         )
     for k, (merge, pre) in enumerate(zip(merges, pres)):
-        check_shape(f"pres[{k}]", pre, x.shape[:-1])
+        check_mapping(f"pres[{k}]", pre, x.shape[:-1])
         if merge is not None:
             check_merge(x, *merge)
         elif k:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def gpu(monkeypatch):
     """As on a GPU that Triton supports, as far as dispatch can see."""
-    monkeypatch.setattr(dispatch, "_device_problem", lambda device: None)
+    for problem in ("_device_problem", "_memory_problem"):
+        monkeypatch.setattr(dispatch, problem, lambda *_: None)
     monkeypatch.setattr(dispatch, "_said", set())
 
 
@@ -43,6 +45,31 @@ def test_auto_says_why_not_and_triton_refuses(gpu, caplog, dtype, n, channels, m
     assert f"PyTorch is in use, not Triton ({reason})" in caplog.text
     with pytest.raises(RuntimeError, match="backend='triton': .*use backend='auto' or 'torch'"):
         choose_backend("triton", tensors, **call)
+
+
+def test_one_device_for_all_tensors(gpu, caplog):
+    tensors = torch.zeros(3, 4, 16), torch.zeros(24, 64, device="meta")
+    assert choose_backend("auto", tensors, n=4, channels=16) == "torch"
+    assert "the tensors are on several devices" in caplog.text
+
+
+@pytest.mark.parametrize(("memory", "backend"), [(227, "triton"), (163, "triton"), (99, "torch")])
+def test_eight_streams_take_shared_memory(monkeypatch, memory, backend):
+    """99 KB: compute capability 8.6, 8.9 and 12.0."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=memory * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(dispatch, "_device_problem", lambda device: None)
+    dispatch._memory_problem.cache_clear()
+    assert choose_backend("auto", (torch.zeros(3, 8, 16),), n=8) == backend
+    assert choose_backend("auto", (torch.zeros(3, 4, 16),), n=4) == "triton"
+    dispatch._memory_problem.cache_clear()
+
+
+def test_rocm_is_not_taken_for_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    dispatch._device_problem.cache_clear()
+    assert "NVIDIA" in dispatch._device_problem(torch.device("cuda:0"))
+    dispatch._device_problem.cache_clear()
 
 
 def test_dispatch_is_no_obstacle_to_torch_compile():

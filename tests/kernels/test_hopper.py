@@ -40,6 +40,9 @@ def test_an_untested_triton_is_said(device, monkeypatch, caplog):
 def test_other_streams_take_the_kernel_for_all_gpus(monkeypatch):
     monkeypatch.setattr(hopper, "hopper", lambda device: True)
     streams = torch.zeros(2, 4, 8, dtype=torch.bfloat16)
-    assert hopper.serves_hopper(streams, 4)
-    assert not hopper.serves_hopper(streams.float(), 4)
-    assert not hopper.serves_hopper(streams, 2)
+    f = streams[:, 0]
+    assert hopper.serves_hopper(streams, None, 4)
+    assert hopper.serves_hopper(streams, f, 4)
+    assert not hopper.serves_hopper(streams, f.float(), 4)
+    assert not hopper.serves_hopper(streams.float(), None, 4)
+    assert not hopper.serves_hopper(streams, f, 2)

@@ -92,6 +92,18 @@ def test_zeros_for_a_hook_that_adds_all_the_same():
         assert torch.equal(parameter.main_grad, like.main_grad)
 
 
+def test_anomaly_mode_finds_no_nan():
+    """Not in memory that nobody has written either."""
+    torch.use_deterministic_algorithms(True)  # which fills it with NaN
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            parameters = make_parameters("pre", torch.float32)
+            backward("pre", parameters, torch.float32, accumulate_main_grad=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(parameter.main_grad.isfinite().all() for parameter in parameters)
+
+
 def test_the_parameter_is_marked_whatever_saved_tensors_go_through():
     parameters = make_parameters("post_pre", torch.float32)
     with torch.autograd.graph.save_on_cpu():

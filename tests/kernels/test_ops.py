@@ -1,11 +1,15 @@
 """Every operator by Triton's interpreter, outputs and all gradients, against float64."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import interpreter  # noqa: F401  (first: it mends the interpreter)
 import pytest
 import torch
 from kernel_checks import OPTIONS, TOLERANCE, errors, operators, run, streams_inputs
 
 from megatron_mhc import kernels
+from megatron_mhc.kernels import launch, launch_backward, launch_post_pre_hopper, operator
 
 NAMES = [name for name, _, _ in operators(4)]
 
@@ -29,6 +33,49 @@ def test_operator_equals_float64(name, tokens, n, channels, dtype):
     ours, theirs = errors(function, lambda: [inputs[i] for i in at])
     for error, reference in zip(ours, theirs):
         assert error < max(TOLERANCE[dtype], 2 * reference)
+
+
+@pytest.mark.parametrize("name", ["pre", "post_pre", "head", "post_head"])
+@pytest.mark.parametrize(("tokens", "channels"), [((3, 11), 72), ((1,), 8), ((37,), 264)])
+def test_on_hopper_it_equals_float64(hopper_on_cpu, monkeypatch, name, tokens, channels):
+    """The forward pass and the gradient of the streams by the kernels in Gluon."""
+    hopper_on_cpu(0, 7)
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "serves_hopper", lambda x, f, n: True)
+    monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda *_: True)
+    function, at = case(name, 4)
+    draw = lambda: [streams_inputs(tokens, 4, channels, torch.bfloat16)[i] for i in at]  # noqa: E731
+    # Within twice PyTorch's errors in the same types, as on a GPU.
+    ours, theirs = errors(function, draw, draws=6)
+    for error, reference in zip(ours, theirs):
+        assert error < max(2e-5, 2 * reference)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_refused(name):
+    """It would be that of a constant."""
+    function, at = case(name, 4)
+    x, *others = (streams_inputs((3,), 4, 8, torch.float32)[i].requires_grad_() for i in at)
+    loss = function(x, *others, backend="triton")[0].square().sum()
+    with pytest.raises(RuntimeError, match="create_graph=True.*backend='torch' has one"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_it_runs_on_the_streams_device(monkeypatch):
+    """Not on the current one."""
+    taken = []
+
+    def note(tensor):
+        taken.append(tensor)
+        return tensor
+
+    elsewhere = SimpleNamespace(get_device=lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: taken.append(device) or nullcontext())
+    operator.on_its_device(note)(elsewhere)
+    here = SimpleNamespace(get_device=lambda: 0)
+    operator.on_its_device(note)(here)
+    assert taken == [1, elsewhere, here]
 
 
 def test_eight_streams():

@@ -1,4 +1,6 @@
-"""Who takes the single pass, and what it compiles to; its results are tested in tests/gpu."""
+"""Who takes the single pass, and what it compiles to. What it computes: test_ops.py, and its
+schedules: test_hopper_schedules.py.
+"""
 
 import json
 import os
@@ -9,6 +11,7 @@ from pathlib import Path
 import interpreter  # noqa: F401
 import pytest
 import torch
+from kernel_checks import streams_inputs
 
 from megatron_mhc.kernels import launch, launch_post_pre_hopper
 
@@ -17,7 +20,7 @@ from megatron_mhc.kernels import launch, launch_post_pre_hopper
     ("multiprocessors", "channels", "taken"),
     [(132, 1280, True), (132, 2560, True), (132, 4096, True)]
     # Groups of 20, 24, 28 and 32 blocks; mostly padding; too narrow; six blocks for 1288 channels.
-    + [(132, 5120, True), (132, 6144, True), (132, 7168, True), (132, 8192, False)]
+    + [(132, 5120, True), (132, 6144, True), (132, 7168, True), (132, 8192, True)]
     + [(132, 64, False), (132, 512, False), (132, 1288, True)]
     # 78 multiprocessors: four groups of 16 leave 14 idle, seven of 10 leave 8.
     + [(78, 4096, False), (78, 2560, True), (8, 4096, False)],
@@ -25,10 +28,7 @@ from megatron_mhc.kernels import launch, launch_post_pre_hopper
 def test_the_single_pass_is_taken_where_it_pays(monkeypatch, multiprocessors, channels, taken):
     count = lambda device: multiprocessors  # noqa: E731
     monkeypatch.setattr(launch_post_pre_hopper, "multiprocessors", count)
-    pays = launch_post_pre_hopper.pays
-    assert pays(channels, True, torch.device("cuda:0")) is taken
-    # Without a merge not in groups of 28.
-    assert pays(channels, False, torch.device("cuda:0")) is (taken and channels != 7168)
+    assert launch_post_pre_hopper.pays(channels, torch.device("cuda:0")) is taken
 
 
 def noting(function, calls):
@@ -42,7 +42,7 @@ def noting(function, calls):
 @pytest.mark.parametrize("served", [True, False])
 def test_forward_calls_it_with_a_mapping_and_tokens(monkeypatch, served):
     calls = []
-    monkeypatch.setattr(launch, "serves_hopper", lambda x, n: served)
+    monkeypatch.setattr(launch, "serves_hopper", lambda x, f, n: served)
     for name in ("forward_plan", "split_weight"):
         monkeypatch.setattr(launch, name, noting(getattr(launch, name), calls))
     monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda channels, *_: channels == 256)
@@ -79,9 +79,29 @@ def test_a_state_for_every_launch(monkeypatch):
     launch_post_pre_hopper.plan_of.cache_clear()
 
 
+NUMBERS = (20, 1e-6, 1e-6)
+
+
+def test_nan_stays_with_its_token(hopper_on_cpu):
+    """Also all bits set, by which a share is awaited."""
+    hopper_on_cpu(0)
+    x, *merge, fn, scale, base = streams_inputs((40,), 4, 264, torch.bfloat16)
+    mapping = (fn, scale, base)
+    expected = launch_post_pre_hopper.post_pre_hopper(x, merge, mapping, *NUMBERS)
+    x[3, 2, 5] = float("nan")
+    x.view(torch.int16)[7] = -1
+    others = [token for token in range(40) if token not in (3, 7)]
+    found = launch_post_pre_hopper.post_pre_hopper(x, merge, mapping, *NUMBERS)
+    for ours, theirs in zip(found, expected):
+        assert torch.equal(ours[others], theirs[others])
+        assert ours[3].isnan().any()
+        assert ours[7].isnan().any()
+
+
 def test_compiled_for_hopper_it_fits():
     """The registers and the shared memory of a multiprocessor, and next to no spills."""
     cases = ["8192,4096,24,1", "17,200,24,1", "64,4096,24,0", "64,4096,4,1", "64,4096,4,0"]
+    cases.append("4096,7168,24,1")
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_hopper.py"), *cases],
         env={**os.environ, "TRITON_INTERPRET": "0"},

@@ -198,3 +198,15 @@ def test_no_tokens_and_one_token(tokens):
     u, post, comb = kernels.mhc_pre(x, *mapping)
     assert u.shape == f.shape
     assert kernels.mhc_post(x, f, post, comb).shape == x.shape
+
+
+@pytest.mark.parametrize("mixing", kernels.RESIDUAL_MIXINGS)
+def test_autocast_leaves_mappings_in_float32(mixing):
+    x = torch.randn(5, 4, 16).bfloat16()
+    mapping = [torch.randn(*s) for s in kernels.mapping_shapes(mixing, 4, 16).values()]
+    expected = kernels.mhc_mappings(x, *mapping, residual_mixing=mixing)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kernels.mhc_mappings(x, *mapping, residual_mixing=mixing)
+    for ours, theirs in zip(found, expected):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)

@@ -38,6 +38,14 @@ X = torch.zeros(3, 2, 8)
             lambda: kernels.mhc_post(X, X[:, 0], torch.ones(3, 2), torch.ones(3, 2)),
             r"comb is \(3, 2\): expected \(3, 2, 2\)",
         ),
+        (
+            lambda: kernels.mhc_post(X, X[:, 0], torch.ones(3, 2).bfloat16(), torch.ones(3, 2, 2)),
+            "post is torch.bfloat16: mappings stay float32",
+        ),
+        (
+            lambda: kernels.mhc_replay(X, [None], [torch.ones(3, 2).half()]),
+            r"pres\[0\] is torch.float16: mappings stay float32",
+        ),
         (lambda: kernels.mhc_replay(X, [None], []), "1 merges and 0 pres: expected one of each"),
         (
             lambda: kernels.mhc_replay(X, [None, None], [X[..., 0]] * 2),

@@ -1,0 +1,199 @@
+"""The kernels in Gluon on a CPU: the same bits in every schedule, and none of many broken variants
+of them passes for the kernel.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from gluon_cpu import Deadlock
+from kernel_checks import streams_inputs
+
+from megatron_mhc.kernels import launch_backward, launch_post_pre_hopper
+
+NUMBERS = (20, 1e-6, 1e-6)
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    """Blocks of 64 channels: a launch takes a fifth of the time."""
+    monkeypatch.setattr(launch_post_pre_hopper, "BLOCK_C", 64)
+
+
+def single_pass(merges=True, head=False, channels=136):
+    """Ten tiles, for groups of three blocks."""
+    torch.manual_seed(1)
+    x, *merge, fn, scale, base = streams_inputs((150,), 4, channels, torch.bfloat16)
+    mapping = (fn[:4], scale[:1], base[:4]) if head else (fn, scale, base)
+    return launch_post_pre_hopper.post_pre_hopper(x, merge if merges else None, mapping, *NUMBERS)
+
+
+def streams_gradient():
+    """Three blocks of channels of ten tiles."""
+    torch.manual_seed(1)
+    tokens = 300
+    x, f, _, _, fn, _, _ = streams_inputs((tokens,), 4, 136, torch.bfloat16)
+    numbers, planes = torch.randn(tokens, 64), torch.randn(tokens, 64).bfloat16()
+    dx_next, du = torch.randn_like(x), torch.randn_like(f)
+    arguments = x, f, fn, dx_next, du, numbers, planes
+    dx, df, shares = launch_backward.streams_backward_hopper(*arguments)
+    # A block of channels that two programs share has one share more of dfn.
+    return dx, df, shares.dpost, shares.dcomb, shares.dfn.nan_to_num(0.0)
+
+
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("head", [True, False])
+def test_single_pass_has_the_same_bits(hopper_on_cpu, merges, head):
+    """Also where not all blocks run at a time, which wait for each other."""
+    hopper_on_cpu(0)
+    expected = single_pass(merges, head=head)
+    for seed in range(1, 7):
+        hopper_on_cpu(seed, resident=(3, 5, None)[seed % 3])
+        for ours, theirs in zip(single_pass(merges, head=head), expected):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rings", [{"RX": 2, "RF": 1, "RS": 1}, {"RX": 6, "RF": 2, "RS": 1}])
+def test_rings_of_any_depth(hopper_on_cpu, monkeypatch, rings):
+    hopper_on_cpu(0)
+    expected = single_pass()
+    for name, depth in rings.items():
+        monkeypatch.setitem(launch_post_pre_hopper.POST_PRE, name, depth)
+    for seed in range(1, 4):
+        hopper_on_cpu(seed)
+        for ours, theirs in zip(single_pass(), expected):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 3])
+def test_gradient_of_the_streams_has_the_same_bits(hopper_on_cpu, multiprocessors):
+    """By two programs, each with a block of channels and a half, and by three."""
+    hopper_on_cpu(0, multiprocessors)
+    expected = streams_gradient()
+    for seed in range(1, 11):
+        hopper_on_cpu(seed, multiprocessors)
+        for ours, theirs in zip(streams_gradient(), expected):
+            assert torch.equal(ours, theirs)
+
+
+def is_found(hopper_on_cpu, run, seeds, multiprocessors, changes):
+    """Whether a changed kernel ends in an error or differs in one of the first ``seeds``."""
+    hopper_on_cpu(0, multiprocessors)
+    expected = run()
+    for seed in range(seeds):
+        hopper_on_cpu(seed, multiprocessors, resident=(None, 3, 5)[seed % 3], changes=changes)
+        try:
+            found = run()
+        except (Deadlock, AssertionError):
+            return True
+        if not all(map(torch.equal, found, expected)):
+            return True
+    return False
+
+
+FENCE = """    gl.inline_asm_elementwise(
+        FENCE, "=r,r,~{memory}", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
+    )
+"""
+BARRIER = "        gl.thread_barrier()\n"
+STORE_U = "        gl.store(at, u.to(gl.bfloat16), mask=(rows < tokens)[:, None] & inside)\n"
+GIVE_BACK = BARRIER + "        arrive(empty.index(slot))\n"
+SINGLE_PASS = {
+    "X' replaced while it is copied out": {
+        "            tma.store_wait(0)\n        gl.thread_barrier()": "        gl.thread_barrier()"
+    },
+    "copy of X' without a fence": {
+        "            fence_async_shared()\n            tma": "            tma",
+    },
+    "pre told of without a barrier": {
+        "        gl.thread_barrier()\n        arrive(pre_full": "        arrive(pre_full"
+    },
+    "sums replaced while they are read": {
+        "                mbarrier.wait(sums_empty.index(sums_slot), ((k // RS) & 1) ^ 1)\n"
+        "            for g": "                pass\n            for g"
+    },
+    "f replaced while it is merged": {
+        "mbarrier.wait(f_empty.index(f_slot), ((k // RF) & 1) ^ 1)": "pass"
+    },
+    "X' given back before u is stored": {
+        STORE_U: GIVE_BACK + STORE_U,
+        GIVE_BACK + "        k": "        k",
+    },
+    "X replaced while it is used": {
+        "mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)\n        if k": "if k"
+    },
+    "shares polled once": {"        while missing:": "        for _ in range(1):"},
+    "groups by block, not by ticket": {
+        "group = ticket // G": "group = gl.program_id(0) // G",
+        "rank = ticket % G": "rank = gl.program_id(0) % G",
+    },
+    "shares counted without a fence": {FENCE: ""},
+    "mappings formed at once": {"wait_for(ready_ptr + tile, G + UNSET)": "pass"},
+    "shares from this multiprocessor's cache": {', cache_modifier=".cg"': ""},
+    "last tiles not counted": {
+        "        count_tiles(ready_ptr, numbers, (k - 1) // COUNTED * COUNTED, k)": "        pass"
+    },
+}
+
+
+@pytest.mark.parametrize("broken", SINGLE_PASS)
+def test_a_broken_single_pass_is_found(hopper_on_cpu, broken):
+    assert is_found(hopper_on_cpu, single_pass, 40, 6, SINGLE_PASS[broken])
+
+
+QUEUE = {
+    "a tile queued in another's place": {
+        "mbarrier.wait(queue_empty.index(queued % 2), ((queued // 2) & 1) ^ 1)": "pass"
+    },
+    "a place in the queue given back too early": {
+        "    gl.thread_barrier()\n            arrive(queue_empty": "    arrive(queue_empty"
+    },
+}
+
+
+@pytest.mark.parametrize("broken", QUEUE)
+def test_a_broken_queue_is_found(hopper_on_cpu, broken):
+    """Where one block forms the mappings of all tiles."""
+    run = partial(single_pass, channels=64)
+    assert is_found(hopper_on_cpu, run, 40, 1, QUEUE[broken])
+
+
+ALL = "            gl.thread_barrier()\n            #"
+END = "            product = warpgroup_mma_wait(0, deps=(product,))\n\n        m"
+GRADIENT = {
+    "tiles replaced while they are read": {
+        "        mbarrier.wait(empty.index(slot), ((step // 2) & 1) ^ 1)\n": ""
+    },
+    "numbers two deep": {
+        "[3, T, 64]": "[2, T, 64]",
+        "% 3": "% 2",
+        "// 3": "// 2",
+        "make_barriers(3, 1)": "make_barriers(2, 1)",
+    },
+    "results replaced while they are copied out": {"            tma.store_wait(0)\n": ""},
+    "products of X' without a fence": {
+        "fence_async_shared()\n            tma.store_wait(0)": "tma.store_wait(0)"
+    },
+    "copy of dX without a fence": {
+        "            fence_async_shared()\n            gl.thread_barrier()\n            #": ALL
+    },
+    "tiles given back without a barrier": {ALL + " The tile": "            #"},
+    "X' replaced beside other warps' products": {
+        "            sums = warpgroup_mma_wait(1, deps=(running,))\n": "",
+        END: END.replace("product =", "product, sums =").replace("t,)", "t, running)"),
+    },
+    "fn replaced beside other warps' products": {
+        "        gl.thread_barrier()\n        # The block's slice": "        # The block's slice"
+    },
+    "products used before they are there": {END: END.replace("(0,", "(1,")},
+    "planes used before they are there": {
+        "mbarrier.wait(plane_full.index(number_slot), (step // 3) & 1)": "pass"
+    },
+    "du used before it is there": {"mbarrier.wait(du_full.index(slot), phase)": "pass"},
+    "ends before its copies": {"done = until\n    tma.store_wait(0)": "done = until"},
+}
+
+
+@pytest.mark.parametrize("broken", GRADIENT)
+def test_a_broken_gradient_is_found(hopper_on_cpu, broken):
+    assert is_found(hopper_on_cpu, streams_gradient, 40, 2, GRADIENT[broken])
