@@ -1,7 +1,8 @@
 # The front door. `make pretrain` and `make test` set up everything they need, once.
 
 VENV := .venv
-PYTHON := $(VENV)/bin/python
+# Not PYTHON: that is the user's, for tools/find_python.sh.
+PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 DATA := data/stdlib
 RUN := runs
@@ -21,19 +22,19 @@ setup: $(STAMP)
 
 $(STAMP): setup.py constraints.txt tools/find_python.sh
 	python=$$(sh tools/find_python.sh) && $$python -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 pretrain: $(STAMP)
-	$(PYTHON) tools/prepare_data.py --stdlib --output-prefix $(DATA)
-	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run $(RUN)/pretrain --steps $(STEPS)
+	$(PY) tools/prepare_data.py --stdlib --output-prefix $(DATA)
+	$(PY) tools/pretrain_small.py --data $(DATA) --run $(RUN)/pretrain --steps $(STEPS)
 
 compare: $(STAMP)
-	$(PYTHON) tools/prepare_data.py --stdlib --output-prefix $(DATA)
-	$(PYTHON) tools/pretrain_small.py --data $(DATA) --run $(RUN)/compare --steps $(STEPS) --compare
+	$(PY) tools/prepare_data.py --stdlib --output-prefix $(DATA)
+	$(PY) tools/pretrain_small.py --data $(DATA) --run $(RUN)/compare --steps $(STEPS) --compare
 
 test: $(STAMP)
-	$(PYTHON) -m pytest tests
+	$(PY) -m pytest tests
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,14 +1,25 @@
-# Flags of a 1.3B-parameter mHC GPT in bf16, shared by the launch scripts; sourced, not run.
+# Flags of a mHC GPT in bf16, shared by the launch scripts; sourced, not run. 1.1B parameters with the
+# byte-level vocabulary, 1.3B with one of 50000.
 # DATA: prefix given to tools/prepare_data.py. OUT: folder for checkpoints and logs.
 # FP8: tensorwise or blockwise, for fp8 compute. TOKENIZER: flags for other than byte-level data.
 : "${DATA:?set DATA to the prefix given to tools/prepare_data.py}"
 : "${OUT:?set OUT to a folder for checkpoints and logs}"
 
-# Streams of compute and communication overlap only with more hardware queues than one.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
+asked_for() { [[ " ${words[*]} " =~ \ --$1-parallel-size[=\ ]([2-9]|[1-9][0-9]) ]]; }
+words=("$@")
+
+# Streams of compute and communication overlap only with more hardware queues than one, but before
+# Blackwell Megatron takes no more with tensor or context parallelism.
+connections=32
+if asked_for tensor-model || asked_for context; then connections=1; fi
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$connections}
+
+# A pipeline stage sees the gains of its own layers only.
+gains=(--mhc-log-gain-interval 100)
+if asked_for pipeline-model; then gains=(); fi
 
 FLAGS=(
-    --mhc --mhc-log-gain-interval 100
+    --mhc "${gains[@]}"
     --transformer-impl transformer_engine --bf16
     --num-layers 24 --hidden-size 2048 --ffn-hidden-size 5632
     --num-attention-heads 16 --group-query-attention --num-query-groups 8

@@ -119,6 +119,7 @@ def mhc_config_from_args(args: argparse.Namespace) -> MHCConfig:
         return MHCConfig(**values)
     except ValueError as error:
         field, _, rest = str(error).partition("=")
+        rest = rest.replace("recompute=True", "--mhc-recompute")
         raise UserError(f"{FLAG_OF_FIELD[field]} {rest}") from None
 
 

@@ -79,9 +79,8 @@ class MHCTransformerBlock(TransformerBlock):
         (state,) = inputs
         if not isinstance(state, StreamState):  # a stage without layers
             state = StreamState.from_flat(state, self.mhc.num_streams)
-        h, mapped = self.hyper_head.collapse(state)
-        self._note(mapped, h)
-        return h
+        # By a call: hooks of Megatron's DDP wait for its parameters.
+        return self.hyper_head(state, self._note)
 
     def _note(self, mapped: Mapped | None, output: Tensor) -> None:
         """Note the pass that gave ``output``; from its gradient on, nothing is replayed ahead."""

@@ -12,6 +12,8 @@ from .arguments import DEFAULTS, flag
 from .errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+# Values of --dist-ckpt-strictness with which parameters that a checkpoint lacks stay as they are.
+LENIENT = ("log_unexpected", "log_all", "ignore_all")
 # What decides the meaning of the weights; gating factor, backend and logging do not.
 SETTINGS = ("mhc_num_residual_streams", "mhc_residual_mixing", "mhc_sinkhorn_iterations", "mhc_eps")
 
@@ -76,8 +78,47 @@ def saved_settings(checkpoint: Path) -> dict[str, object] | None:
     return {"mhc": True, **{name: getattr(saved, name, DEFAULTS[name]) for name in SETTINGS}}
 
 
+def _source(args: argparse.Namespace) -> tuple[str, Path] | None:
+    """The flag and the folder that Megatron loads from: --pretrained-checkpoint where --load has no
+    checkpoint.
+    """
+    load, pretrained = args.load, getattr(args, "pretrained_checkpoint", None)
+    if pretrained and not (load and (Path(load) / TRACKER).is_file()):
+        if not (Path(pretrained) / TRACKER).is_file():
+            raise UserError(
+                f"--pretrained-checkpoint {pretrained}: no {TRACKER} there; give a --save folder"
+            )
+        return "--pretrained-checkpoint", Path(pretrained)
+    return ("--load", Path(load)) if load else None
+
+
+def _refuse_other_settings(args: argparse.Namespace, flagged: str, name: str, saved: dict) -> None:
+    """Raises UserError if checkpoint ``name`` from ``flagged`` has other mHC settings."""
+    plain = not args.mhc or args.mhc_num_residual_streams == 1
+    if saved["mhc"] == plain:
+        made, now = ("with", "without") if saved["mhc"] else ("without", "with")
+        remedy = (
+            "add --mhc"
+            if saved["mhc"]
+            else "leave --mhc out, or start from it: --pretrained-checkpoint with "
+            f"--dist-ckpt-strictness {LENIENT[0]}"
+        )
+        raise UserError(f"{flagged}: {name} was made {made} --mhc, this run is {now}; {remedy}")
+    differing = [
+        f"{flag(setting)} {getattr(args, setting)}: {name} was made with {saved[setting]}"
+        for setting in SETTINGS
+        if saved["mhc"] and saved[setting] != getattr(args, setting)
+    ]
+    if differing:
+        lines = "\n".join(differing)
+        raise UserError(f"{flagged}\n{lines}\ngive the checkpoint's values")
+
+
 def check_checkpoint(args: argparse.Namespace) -> list[str]:
-    """Refuse a --load checkpoint that was made with other mHC settings.
+    """Refuse a checkpoint that was made with other mHC settings.
+
+    A plain one is taken as the beginning of an mHC model, whose mappings then have their initial
+    values, where --pretrained-checkpoint names it and --dist-ckpt-strictness allows for that.
 
     Args:
         args: Megatron's arguments, the mHC group filled in.
@@ -89,36 +130,34 @@ def check_checkpoint(args: argparse.Namespace) -> list[str]:
         UserError: names each differing flag with both values, and the remedy.
     """
     said = []
-    if not args.load:
-        return said
-    folder = Path(args.load)
-    if args.rank == 0 and (repaired := repair_tracker(folder)):
+    if args.load and args.rank == 0 and (repaired := repair_tracker(Path(args.load))):
         said.append(repaired)
-    iteration = getattr(args, "ckpt_step", None) or latest_iteration(folder)
+    source = _source(args)
+    if source is None:
+        return said
+    name, folder = source
+    step = getattr(args, "ckpt_step", None)
+    iteration = step or latest_iteration(folder)
     if iteration is None:
         if (folder / TRACKER).is_file():
             said.append(f"mHC: {folder / TRACKER} names no iteration; mHC settings are not checked")
         return said
     checkpoint = folder / f"iter_{iteration:07d}"
+    if not checkpoint.is_dir():
+        which = f"--ckpt-step {step}" if step else f"its {TRACKER}"
+        there = ", ".join(map(str, complete_iterations(folder))) or "none"
+        raise UserError(
+            f"{name} {folder}: {which} names {checkpoint.name}, which is not there; complete "
+            f"iterations: {there}"
+        )
     saved = saved_settings(checkpoint)
     if saved is None:
         said.append(f"mHC: {checkpoint} does not tell its mHC settings; they are not checked")
         return said
-
-    plain = not args.mhc or args.mhc_num_residual_streams == 1
-    if saved["mhc"] == plain:
-        made, now = ("with", "without") if saved["mhc"] else ("without", "with")
-        remedy = "add --mhc" if saved["mhc"] else "leave --mhc out, or start a new --load folder"
-        raise UserError(
-            f"--load {args.load}: {checkpoint.name} was made {made} --mhc, "
-            f"this run is {now}; {remedy}"
-        )
-    differing = [
-        f"{flag(name)} {getattr(args, name)}: {checkpoint.name} was made with {saved[name]}"
-        for name in SETTINGS
-        if saved["mhc"] and saved[name] != getattr(args, name)
-    ]
-    if differing:
-        lines = "\n".join(differing)
-        raise UserError(f"--load {args.load}\n{lines}\ngive the checkpoint's values")
+    lenient = getattr(args, "dist_ckpt_strictness", None) in LENIENT
+    starts = args.mhc and args.mhc_num_residual_streams != 1 and not saved["mhc"]
+    if name == "--pretrained-checkpoint" and lenient and starts:
+        said.append(f"mHC: {checkpoint} is a plain model's; mappings start from initial values")
+        return said
+    _refuse_other_settings(args, f"{name} {folder}", checkpoint.name, saved)
     return said

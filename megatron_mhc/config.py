@@ -56,8 +56,8 @@ class MHCConfig:
             )
         if block is not None and not self.recompute:
             raise ValueError(
-                f"recompute_layer_num={block}: has no effect without --mhc-recompute "
-                "(recompute=True); add it or leave it out"
+                f"recompute_layer_num={block}: has no effect without recompute=True; add it or "
+                "leave it out"
             )
         for name, choices in (("residual_mixing", RESIDUAL_MIXINGS), ("backend", BACKENDS)):
             if getattr(self, name) not in choices:

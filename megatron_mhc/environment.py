@@ -62,9 +62,18 @@ def set_single_process() -> None:
     """Without a launcher this process is the whole job: set what torchrun would have set.
 
     For entry scripts only: processes that they start inherit it.
+
+    Raises:
+        EnvironmentProblem: this is one of several Slurm tasks, which no launcher joined.
     """
     if "RANK" in os.environ:
         return
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_PROCID" in os.environ and tasks != "1":
+        raise EnvironmentProblem(
+            f"SLURM_NTASKS {tasks}, but no RANK: each task would train alone. Start one task a "
+            "node with torchrun, as examples/pretrain_slurm.sh does"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,5 +1,7 @@
 """The exit of the streams, before the model's final norm."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,12 +49,20 @@ class HyperHead(Float32Parameters):
             base=torch.full(shapes["base"], logit(1 / n - config.eps)),
         )
 
-    def forward(self, state: StreamState) -> Tensor:
-        """h [..., C] of the streams' dtype; a pending merge is formed in the same kernel."""
-        return self.collapse(state)[0]
+    def forward(
+        self, state: StreamState, note: Callable[[Mapped | None, Tensor], None] | None = None
+    ) -> Tensor:
+        """h [..., C] of the streams' dtype; a pending merge is formed in the same kernel.
 
-    def collapse(self, state: StreamState) -> tuple[Tensor, Mapped | None]:
-        """h [..., C], and with ``config.recompute`` the stand-ins for what was discarded."""
+        Args:
+            note: is told the stand-ins for what ``config.recompute`` discarded, and h.
+        """
+        h, mapped = self._form(state)
+        if note is not None:
+            note(mapped, h)
+        return h
+
+    def _form(self, state: StreamState) -> tuple[Tensor, Mapped | None]:
         tensors = state.tensors()
         if not (self.config.recompute and torch.is_grad_enabled()):
             return self._collapse(*tensors)[1], None

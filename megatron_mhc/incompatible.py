@@ -54,14 +54,39 @@ def _with_combined_1f1b(name: str) -> Callable[[argparse.Namespace], object]:
     return used
 
 
+def _unsaved_optimizer(args: argparse.Namespace) -> object:
+    """--save, where Megatron's optimizer of a 16-bit model has no place for float32 parameters."""
+    half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
+    if not half or args.use_distributed_optimizer or args.no_save_optim:
+        return None
+    return args.save or None
+
+
 _LEAVE_OUT = "leave it out with --mhc"
 
 INCOMPATIBLE: tuple[Incompatibility, ...] = (
     Incompatibility(
         "--mhc-log-gain-interval",
         _gains_of_stages,
-        "a stage sees the gains of its own layers only; use 0 with --pipeline-model-parallel-size "
-        "above 1",
+        "with --pipeline-model-parallel-size above 1 a stage sees the gains of its own layers "
+        "only; use 0",
+    ),
+    Incompatibility(
+        "--save",
+        _unsaved_optimizer,
+        "without --use-distributed-optimizer a 16-bit model's optimizer cannot be saved; add it "
+        "(on one GPU too), or --no-save-optim",
+    ),
+    Incompatibility("--ckpt-format", _other_than("ckpt_format", "torch_dist"), "use torch_dist"),
+    Incompatibility(
+        "--optimizer-cpu-offload",
+        _set("optimizer_cpu_offload"),
+        "it cannot load float32 parameters of a 16-bit model; leave it out",
+    ),
+    Incompatibility(
+        "--use-precision-aware-optimizer",
+        _set("use_precision_aware_optimizer"),
+        "its checkpoints do not have float32 parameters as they are; leave it out",
     ),
     Incompatibility("--mtp-num-layers", _set("mtp_num_layers"), _LEAVE_OUT),
     Incompatibility("--fp32-residual-connection", _set("fp32_residual_connection"), _LEAVE_OUT),
@@ -114,6 +139,8 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
     Incompatibility(
         "--init-model-with-meta-device", _set("init_model_with_meta_device"), _LEAVE_OUT
     ),
+    Incompatibility("--inprocess-restart", _set("inprocess_restart"), _LEAVE_OUT),
+    Incompatibility("--logits-load-dir", _set("logits_load_dir"), _LEAVE_OUT),
     Incompatibility("--spec", _set("spec"), "mHC brings its own layer spec; leave it out"),
     Incompatibility("--yaml-cfg", _set("yaml_cfg"), "give the flags on the command line"),
 )
@@ -130,6 +157,7 @@ def refuse_incompatible(args: argparse.Namespace) -> None:
         value = row.used(args)
         if value is not None:
             shown = "" if value is True else f" {value}"
-            lines.append(f"{row.flag}{shown}: does not work with --mhc yet; {row.remedy}")
+            with_mhc = "" if row.flag.startswith("--mhc") else " with --mhc"
+            lines.append(f"{row.flag}{shown}: does not work{with_mhc} yet; {row.remedy}")
     if lines:
         raise UserError("\n".join(lines))

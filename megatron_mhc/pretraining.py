@@ -1,6 +1,8 @@
 """What ``megatron.training.pretrain`` asks of a GPT script: datasets, a forward step, a loss."""
 
 import functools
+import json
+from pathlib import Path
 
 import torch
 from megatron.core import mpu
@@ -9,6 +11,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import (
+    StragglerDetector,
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
@@ -31,6 +34,45 @@ def refuse_unsupported_data(args) -> None:
             raise UserError(f"{flag}: this script trains on GPT data only; leave it out")
 
 
+def refuse_missing_data(args) -> None:
+    """Raises UserError where there is no data, or a prefix of it lacks one of its two files."""
+    if args.mock_data:
+        return
+    flags = ["--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"]
+    # Files that list prefixes, and the flags that they stand for.
+    for flag, path, instead in (
+        ("--data-args-path", args.data_args_path, slice(0, 1)),
+        ("--per-split-data-args-path", args.per_split_data_args_path, slice(1, 4)),
+    ):
+        if path:
+            if "://" not in path and not Path(path).is_file():
+                raise UserError(f"{flag} {path}: there is no such file")
+            flags[instead] = [f"{flag} {path}:"] * len(flags[instead])
+    try:
+        whole, split = get_blend_and_blend_per_split(args)
+    except (ValueError, KeyError):
+        raise UserError(
+            f"{flags[1]} expected JSON with train, valid and test, each prefixes or null"
+        ) from None
+    if not whole and not split:
+        raise UserError(
+            "--data-path: not given; give a prefix that tools/prepare_data.py made, or --mock-data"
+        )
+    for source, blend in zip(flags, (whole, *(split or ()))):
+        for prefix in blend[0] if blend else ():
+            for ending in (".bin", ".idx"):
+                # What has a scheme is not on this machine's disks.
+                if "://" not in prefix and not Path(prefix + ending).is_file():
+                    raise UserError(
+                        f"{source} {prefix}: there is no {prefix}{ending}; "
+                        "tools/prepare_data.py makes it"
+                    )
+
+
+def _sequences_per_dataset(path: str | None) -> dict[str, int] | None:
+    return json.loads(Path(path).read_text()) if path else None
+
+
 def datasets_provider(train_val_test_num_samples, vp_stage=None):
     """Train, validation and test GPTDataset of --data-path and its kin, or of --mock-data."""
     args = get_args()
@@ -51,6 +93,12 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        object_storage_cache_path=args.object_storage_cache_path,
+        sequences_per_dataset=_sequences_per_dataset(args.per_dataset_sequences_path),
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(
@@ -76,7 +124,9 @@ def _reads_data(vp_stage: int | None) -> bool:
     )
 
 
-def get_batch(data_iterator, vp_stage: int | None = None) -> dict[str, torch.Tensor | None]:
+def get_batch(
+    data_iterator, vp_stage: int | None = None, evaluates: bool = False
+) -> dict[str, torch.Tensor | None]:
     """This rank's part of the next micro-batch; all None on a stage that needs none of it.
 
     Tensor-parallel rank 0 reads and broadcasts; context-parallel ranks each keep their tokens.
@@ -98,7 +148,7 @@ def get_batch(data_iterator, vp_stage: int | None = None) -> dict[str, torch.Ten
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         cp_size=args.context_parallel_size,
         tp_rank=tp_rank,
-        micro_batch_size=args.micro_batch_size,
+        micro_batch_size=args.eval_micro_batch_size if evaluates else args.micro_batch_size,
         seq_length=args.seq_length,
         mtp_on_this_rank=False,
     )
@@ -107,6 +157,10 @@ def get_batch(data_iterator, vp_stage: int | None = None) -> dict[str, torch.Ten
         group = mpu.get_context_parallel_group()
         batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
     return batch
+
+
+SPIKE = 10
+"""Times the largest of earlier losses from which --check-for-spiky-loss looks again."""
 
 
 def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
@@ -127,6 +181,17 @@ def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
                 tolerance=0.0,
                 fatal=True,
             )
+    if get_args().check_for_spiky_loss:
+        rerun = get_rerun_state_machine()
+        rerun.validate_result(
+            result=loss,
+            rejection_func=functools.partial(
+                rerun.is_unexpectedly_large, threshold=SPIKE, context="loss"
+            ),
+            message="the loss is unexpectedly large",
+            tolerance=0.0,
+            fatal=False,
+        )
     report = torch.stack([loss.detach(), tokens.to(loss.dtype)])
     return loss, tokens, {"lm loss": report}
 
@@ -134,14 +199,17 @@ def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor):
 def make_forward_step():
     """The ``forward_step_func`` of ``pretrain``: a micro-batch through the model, gains logged."""
     gain_log = GainLog()
+    straggler_timer = StragglerDetector()  # one object, whoever makes it
 
     def forward_step(data_iterator, model, return_schedule_plan: bool = False):
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+        with straggler_timer(bdata=True):
+            vp_stage = get_attr_wrapped_model(model, "vp_stage")
+            batch = get_batch(data_iterator, vp_stage, evaluates=not model.training)
         timers("batch-generator").stop()
         run = model.build_schedule_plan if return_schedule_plan else model
-        with gain_log.around_forward(model):
+        with straggler_timer, gain_log.around_forward(model):
             losses = run(
                 batch["tokens"],
                 batch["position_ids"],

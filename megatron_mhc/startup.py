@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import LayerType
@@ -20,7 +21,7 @@ from .context_parallel import refuse_undivided_attention
 from .errors import UserError
 from .pipeline.boundary import PriorityStream
 from .pipeline.slots import DeferredCommunicator, DeferredGroups, make_communicator
-from .pretraining import refuse_unsupported_data
+from .pretraining import refuse_missing_data, refuse_unsupported_data
 from .recompute_blocks import describe_blocks
 from .specs import MHCLayerSpec
 
@@ -28,6 +29,28 @@ from .specs import MHCLayerSpec
 def _add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     cpu_arguments.set_defaults(parser)
     return add_mhc_args(parser)
+
+
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+
+def _parse() -> argparse.Namespace:
+    """Megatron's arguments, as it validates them."""
+    try:
+        return parse_and_validate_args(extra_args_provider=_add_arguments)
+    except AssertionError as refusal:
+        if CONNECTIONS not in str(refusal):
+            raise
+    value = os.environ.get(CONNECTIONS, "is not set")
+    if value == "1":
+        raise UserError(
+            f"{CONNECTIONS} 1: with --use-torch-fsdp2 or --use-megatron-fsdp Megatron wants more "
+            "than 1; unset it"
+        )
+    raise UserError(
+        f"{CONNECTIONS} {value}: with --tensor-model-parallel-size or --context-parallel-size "
+        f"above 1 Megatron wants 1 on GPUs before Blackwell; export {CONNECTIONS}=1"
+    )
 
 
 def _model_line(args: argparse.Namespace, mhc: MHCConfig | None) -> str:
@@ -96,10 +119,11 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     Raises:
         UserError: names the flag or file, its value and what would be right.
     """
-    args = parse_and_validate_args(extra_args_provider=_add_arguments)
+    args = _parse()
     refuse_unsupported_data(args)
     refuse_undivided_attention(args)
     mhc = validate_mhc_args(args)
+    refuse_missing_data(args)
     model = gpt_config_from_args(args)
     lines = [_model_line(args, mhc)]
     if mhc is not None and mhc.recompute:

@@ -16,6 +16,8 @@ from . import (
     cpu_rng_fork,
     cpu_rng_state,
     layer_callables,
+    main_param_states,
+    param_groups,
     te_normalization,
     transformer_block,
 )
@@ -39,6 +41,8 @@ PATCHES: tuple[Patch, ...] = (
     compile_helpers.PATCH,
     transformer_block.PATCH,
     checkpointed_forward.PATCH,
+    param_groups.PATCH,
+    main_param_states.PATCH,
     te_normalization.PATCH,
     layer_callables.PATCH,
     cpu_initialize.PATCH,

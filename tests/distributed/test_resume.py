@@ -70,23 +70,38 @@ def runs(folder):
         changed = [part for flag, (now, _) in CHANGED.items() for part in (flag, now)]
         # The gating factor is an initial value: it does not matter to a checkpoint.
         tp2 = ("--tensor-model-parallel-size", 2, "--mhc-init-gating-factor", 0.02)
+        small = ("--eval-micro-batch-size", 1, "--eval-global-batch-size", 2)
         return {
             "uninterrupted": train("--mhc", "--save", mhc),
             "tp2": train("--mhc", "--load", mhc, *tp2, processes=2),
             "changed": train("--mhc", "--load", mhc, *changed),
+            "other evaluation": train("--mhc", "--load", mhc, *tp2, *small, processes=2),
             "mhc to plain": train("--load", mhc),
+            "pretrained": train("--mhc", "--pretrained-checkpoint", mhc, *changed),
+            "no such step": train("--mhc", "--load", mhc, "--ckpt-step", 5),
+            "evaluated": train("--mhc", "--load", mhc, "--skip-train"),
         }
 
-    def plain_to_mhc() -> Run:
+    def in_bf16() -> Run:
+        flags = ("--bf16", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable")
+        return train("--mhc", *flags, "--save", folder / "bf16", processes=2)
+
+    def from_plain() -> dict[str, Run]:
         made = train("--save", plain, "--exit-interval", SAVE_INTERVAL)
         assert made.code == 0, made.tail
-        return train("--mhc", "--load", plain)
+        start = ("--pretrained-checkpoint", plain, "--exit-interval", 1)
+        return {
+            "refused": train("--mhc", "--load", plain),
+            "plain": train(*start),
+            "mhc": train("--mhc", *start, "--dist-ckpt-strictness", "log_unexpected"),
+        }
 
     with ThreadPoolExecutor(2) as pool:
         futures: dict[str, Future] = {"reading": pool.submit(uninterrupted_and_others)}
         for point in LAST_WHOLE:
             futures[point] = pool.submit(interrupt, folder / point, point)
-        futures["plain to mhc"] = pool.submit(plain_to_mhc)
+        futures["bf16"] = pool.submit(in_bf16)
+        futures["from plain"] = pool.submit(from_plain)
         yield futures
 
 
@@ -149,10 +164,42 @@ def test_other_mhc_settings_are_refused(runs, folder):
     assert not run.losses
 
 
+def test_a_pretrained_checkpoint_is_looked_at_too(runs, folder):
+    run = runs["reading"].result()["pretrained"]
+    assert run.code == 2, run.tail
+    assert f"--pretrained-checkpoint {folder / 'uninterrupted'}" in run.log
+    assert "--mhc-sinkhorn-iterations 5: iter_0000006 was made with 20" in run.log, run.tail
+
+
+def test_a_step_that_is_not_there_is_named(runs, folder):
+    run = runs["reading"].result()["no such step"]
+    assert run.code == 2, run.tail
+    said = "--ckpt-step 5 names iter_0000005, which is not there; complete iterations: 2, 4, 6"
+    assert f"--load {folder / 'uninterrupted'}: {said}" in run.log, run.tail
+
+
+def test_skip_train_evaluates_the_checkpoint(runs):
+    trained, run = (runs["reading"].result()[name] for name in ("uninterrupted", "evaluated"))
+    assert run.code == 0, run.tail
+    assert not run.losses
+    assert run.validation_loss == pytest.approx(trained.validation_loss, rel=LOG_PRECISION)
+    assert "on test set | lm loss value" in run.log
+
+
 def test_a_plain_checkpoint_is_refused_with_mhc(runs):
-    run = runs["plain to mhc"].result()
+    run = runs["from plain"].result()["refused"]
     assert run.code == 2, run.tail
     assert "iter_0000002 was made without --mhc, this run is with" in run.log, run.tail
+    assert "--pretrained-checkpoint with --dist-ckpt-strictness log_unexpected" in run.log
+
+
+def test_mhc_starts_where_a_plain_model_stands(runs):
+    """Its mappings have their initial values, with which it computes what the plain one does."""
+    plain, mhc = (runs["from plain"].result()[name] for name in ("plain", "mhc"))
+    assert plain.code == mhc.code == 0, mhc.tail
+    assert "is a plain model's; mappings start from initial values" in mhc.log
+    assert mhc.losses[1] == pytest.approx(plain.losses[1], rel=1e-5)
+    assert mhc.losses[1] < 0.99 * runs["reading"].result()["uninterrupted"].losses[1]
 
 
 def test_an_mhc_checkpoint_is_refused_without_mhc(runs):
@@ -166,3 +213,23 @@ def test_tensor_parallel_2_loads_what_1_saved(runs, uninterrupted):
     assert run.code == 0, run.tail
     assert not run.losses, "the training was over: it only evaluates"
     assert run.validation_loss == pytest.approx(uninterrupted.validation_loss, rel=1e-5)
+
+
+def test_evaluation_may_have_other_micro_batches(runs, uninterrupted):
+    run = runs["reading"].result()["other evaluation"]
+    assert run.code == 0, run.tail
+    assert run.validation_loss == pytest.approx(uninterrupted.validation_loss, rel=0.1)
+
+
+def test_a_bf16_model_saves_every_parameters_own_state(runs, folder):
+    """Of float32 mappings too, which an optimizer lists before the others of their group."""
+    run = runs["bf16"].result()
+    assert run.code == 0, run.tail
+    saved = saved_tensors(folder / "bf16", STEPS)
+    weights = {name: tensor for name, tensor in saved.items() if name.startswith("decoder.")}
+    assert sum("hyper" in name for name in weights) == 3 * 3
+    for name, weight in weights.items():
+        master = saved[f"optimizer.state.param.{name}"]
+        assert master.shape == saved[f"optimizer.state.exp_avg.{name}"].shape == weight.shape
+        assert torch.equal(master.to(weight.dtype), weight), name
+        assert weight.dtype == (torch.float32 if "hyper" in name else torch.bfloat16)

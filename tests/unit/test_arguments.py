@@ -64,16 +64,21 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
         ("--mhc-recompute", r"--mhc-recompute: has no effect without --mhc; add --mhc"),
         (
             "--mhc --mhc-recompute-layer-num 2",
-            r"--mhc-recompute-layer-num 2: has no effect without --mhc-recompute .* add",
+            r"--mhc-recompute-layer-num 2: has no effect without --mhc-recompute; add it",
         ),
         (
             "--mhc --mhc-recompute --mhc-recompute-layer-num 0",
             r"--mhc-recompute-layer-num 0: expected a number of layers, 1 or more",
         ),
+        ("--mhc --bf16 --save runs", r"--save runs: does not .*add it \(on one GPU too\)"),
+        ("--mhc --ckpt-format torch", r"--ckpt-format torch: does not work .*use torch_dist"),
+        ("--mhc --optimizer-cpu-offload", r"--optimizer-cpu-offload: does not work with --mhc"),
+        ("--mhc --use-precision-aware-optimizer", r"--use-precision-aware-optimizer: does not"),
+        ("--mhc --inprocess-restart", r"--inprocess-restart: does not work with --mhc yet"),
         ("--mhc --distribute-saved-activations", r"--distribute-saved-activations: does not"),
         (
             "--mhc --pipeline-model-parallel-size 2 --mhc-log-gain-interval 5",
-            r"--mhc-log-gain-interval 5: does not work .* layers only; use 0 with --pipeline-model",
+            r"--mhc-log-gain-interval 5: does not work .* layers only; use 0",
         ),
         ("--mhc-pipeline-overlap post", r"--mhc-pipeline-overlap post: has no effect without"),
         (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mhc import MHCConfig, environment
+from megatron_mhc import MHCConfig, environment, patches
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,7 +69,7 @@ def run(command: list[str] | str, **environment_: str) -> str:
 
 
 def make(target: str, folder: Path) -> str:
-    settings = [f"DATA={folder / 'stdlib'}", f"RUN={folder}", "STEPS=4", f"PYTHON={sys.executable}"]
+    settings = [f"DATA={folder / 'stdlib'}", f"RUN={folder}", "STEPS=4", f"PY={sys.executable}"]
     quiet = ["--no-print-directory", "-o", ".venv/.ready"]  # make test runs this inside make
     return run(["make", *quiet, target, *settings])
 
@@ -127,7 +127,7 @@ def test_make_compare_draws_three_models_in_one_plot(tmp_path):
 
 
 def test_readme_torchrun_command():
-    (command,) = [command for command in commands() if command.startswith("torchrun")]
+    (command,) = [command for command in commands() if "torchrun" in command]
     assert "lm loss" in run(command, OMP_NUM_THREADS="1")
 
 
@@ -177,6 +177,28 @@ def test_gpu_launch_scripts_give_flags_that_the_parser_takes(script, fp8, parser
     assert (args.fp8_recipe == fp8) if fp8 else args.fp8 is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "connections", "gains"),
+    [
+        ("", "32", True),
+        ("--tensor-model-parallel-size 1", "32", True),
+        ("--lr 1 --tensor-model-parallel-size=2", "1", True),
+        ("--context-parallel-size 4", "1", True),
+        ("--pipeline-model-parallel-size 16 --lr 1", "32", False),
+    ],
+)
+def test_launch_scripts_do_what_parallelism_needs(flags, connections, gains, tmp_path):
+    launcher = tmp_path / "torchrun"
+    launcher.write_text('#!/bin/sh\necho "connections=$CUDA_DEVICE_MAX_CONNECTIONS $*"\n')
+    launcher.chmod(0o755)
+    output = run(
+        f"env -u CUDA_DEVICE_MAX_CONNECTIONS bash examples/pretrain_node.sh {flags}",
+        **{"TORCHRUN": str(launcher), "DATA": "d", "OUT": "o"},
+    )
+    assert f"connections={connections} " in output
+    assert ("--mhc-log-gain-interval 100" in output) is gains
+
+
 def test_launch_scripts_name_what_is_missing():
     done = subprocess.run(
         ["bash", "examples/pretrain_node.sh"],
@@ -224,6 +246,20 @@ def test_readme_python_runs():
     }
     exec(second, names)
     assert isinstance(names["model"].decoder, MHCTransformerBlock)
+
+
+def test_the_kernels_page_runs():
+    (block,) = blocks((ROOT / "docs/kernels.md").read_text(), "python")
+    names: dict = {}
+    exec(block, names)
+    assert names["h"].shape == (32, 256)
+    assert names["x"].shape == (32, 4, 256)
+
+
+def test_the_patches_page_has_every_patch():
+    rows = re.findall(r"^\| ([\w, ]+) \| `", (ROOT / "docs/patches.md").read_text(), flags=re.M)
+    names = [name for row in rows for name in row.split(", ")]
+    assert sorted(names) == sorted(patch.name for patch in patches.PATCHES)
 
 
 def test_links_lead_somewhere():

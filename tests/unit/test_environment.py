@@ -1,5 +1,6 @@
 """What is wrong with an installation is named before Megatron's import breaks on it."""
 
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -78,3 +79,13 @@ def test_cpu_stand_in_says_so_once():
     )
     assert run.stdout.strip() == "torch.cuda.FloatTensor False"
     assert run.stderr.count("the CPU stands in for CUDA") == 1
+
+
+def test_several_slurm_tasks_without_a_launcher_are_refused(monkeypatch):
+    """Each would be a training of its own, on the same GPU and --save."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(environment.EnvironmentProblem, match="SLURM_NTASKS 8, .* torchrun"):
+        environment.set_single_process()
+    assert "RANK" not in os.environ

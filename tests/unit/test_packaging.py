@@ -106,3 +106,16 @@ def test_find_python_says_how_to_get_one(tmp_path):
     pyenv.mkdir(parents=True)
     (pyenv / "python").symlink_to(sys.executable)
     assert find().stdout.strip() == str(pyenv / "python")
+
+
+def test_the_users_python_reaches_find_python():
+    """Make exports a variable that the environment has with the Makefile's own value."""
+    shown = subprocess.run(
+        ["make", "-s", "--eval=shown:; @echo $$PYTHON", "shown"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": "/opt/python3.12"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() == "/opt/python3.12"

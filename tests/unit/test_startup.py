@@ -35,6 +35,53 @@ def test_the_line_names_the_kernels_that_will_serve(model_line, monkeypatch):
     assert "kernels: torch" in model_line(arguments(), MHCConfig(num_streams=3))
 
 
+@pytest.fixture
+def start_on_hopper(monkeypatch):
+    """parse_arguments there, with a value of CUDA_DEVICE_MAX_CONNECTIONS and further flags.
+
+    The CPU's stand-in says Blackwell.
+    """
+    environment.prepare()
+    from megatron_mhc.startup import parse_arguments
+
+    hopper = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: hopper)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    flags = """--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64
+        --max-position-embeddings 64 --micro-batch-size 2 --train-iters 4 --lr 1e-3 --mock-data
+        --tokenizer-type NullTokenizer --vocab-size 257"""
+
+    def start(value: str | None, further: str):
+        if value:
+            monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
+        monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *flags.split(), *further.split()])
+        return parse_arguments()
+
+    return start
+
+
+@pytest.mark.parametrize("value", [None, "32"])
+def test_one_connection_is_asked_for_by_name(start_on_hopper, value):
+    found = f"CUDA_DEVICE_MAX_CONNECTIONS {value or 'is not set'}: with --tensor-model"
+    with pytest.raises(UserError, match=f"{found}.*export CUDA_DEVICE_MAX_CONNECTIONS=1"):
+        start_on_hopper(value, "--tensor-model-parallel-size 2")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use-torch-fsdp2 --ckpt-format torch_dist --untie-embeddings-and-output-weights",
+        "--use-megatron-fsdp --ckpt-format fsdp_dtensor",
+    ],
+)
+def test_fsdp_is_not_told_to_use_one_connection(start_on_hopper, flags):
+    """Megatron refuses 1 there."""
+    found = "CUDA_DEVICE_MAX_CONNECTIONS 1: .*-fsdp.* more than 1; unset it"
+    with pytest.raises(UserError, match=found):
+        start_on_hopper("1", f"{flags} --no-gradient-accumulation-fusion")
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype", "reason"),
     [

@@ -58,3 +58,37 @@ def test_checkpoint_keys_hold_every_parameter_under_its_name():
         sharded["decoder.layers.1.mlp_hyper_connection.fn"].key
         == "decoder.layers.mlp_hyper_connection.fn"
     )
+
+
+def test_groups_of_the_optimizer_have_one_dtype():
+    """Megatron's own, of a bf16 model, have its float32 mappings among the others."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    from megatron_mhc import patches
+
+    model = build_gpt(MHCConfig(), bf16=True, params_dtype=torch.bfloat16)
+    model = Float16Module(model.config, model)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    config = OptimizerConfig(lr=1e-3, weight_decay=0.1, bf16=True, params_dtype=torch.bfloat16)
+    found = []
+    for patched in (False, True):
+        (patches.apply if patched else patches.undo)()
+        optimizer = get_megatron_optimizer(config, [wrapped])
+        (optimizer,) = optimizer.chained_optimizers
+        halves, wide = optimizer.float16_groups, optimizer.fp32_from_fp32_groups
+        found.append([(len(half), len(whole)) for half, whole in zip(halves, wide)])
+    assert all(half and whole for half, whole in found[0])
+    assert all(bool(half) != bool(whole) for half, whole in found[1])
+    assert sum(map(sum, found[0])) == sum(map(sum, found[1]))
+
+
+def test_the_head_is_called_so_that_its_hooks_run():
+    """Megatron's DDP waits for gathered parameters in a hook."""
+    model = build_gpt(MHCConfig())
+    called = []
+    model.decoder.hyper_head.register_forward_pre_hook(lambda *_: called.append(True))
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    model(tokens, tokens, None)
+    assert called == [True]
