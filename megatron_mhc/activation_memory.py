@@ -3,7 +3,7 @@
 Counted is what autograd keeps of dense Transformer Engine layers between the forward and the
 backward pass, and what the backward pass adds at its worst moment (in the last MLP, when the
 gradients of the first linear layer's output exist beside everything kept). Not counted: parameters,
-their gradients, the optimizer, the embedding, the output layer and the loss.
+their gradients, the optimizer, the embedding and its dropout, the output layer and the loss.
 """
 
 import math
@@ -27,6 +27,7 @@ class Stage:
         heads: attention heads.
         gated: the MLP multiplies two projections (SwiGLU).
         fp8: linear layers keep their inputs in 8 bits.
+        dropout: every sublayer's output is dropped from, by a mask that is kept.
         tensor_parallel: ranks that share a layer.
         sequence_parallel: they also share the tokens outside attention and MLP.
         in_flight: passes through it whose backward pass is still to come, at most.
@@ -41,6 +42,7 @@ class Stage:
     heads: int
     gated: bool = True
     fp8: bool = False
+    dropout: bool = False
     tensor_parallel: int = 1
     sequence_parallel: bool = False
     in_flight: int = 1
@@ -70,6 +72,11 @@ class Stage:
     def normalized_bytes(self) -> float:
         """A norm's output as the linear layer after it keeps it."""
         return self.channel_bytes * self._linear_input / 2
+
+    def mask_bytes(self) -> float:
+        """A dropout's mask: a byte where an output has two. Attention's own dropout has none, it
+        keeps a random state."""
+        return self.channel_bytes / 2 if self.dropout else 0
 
     def backward_bytes(self) -> float:
         """Gradients in the last MLP: of its output, its activation and its first linear layer,
@@ -134,7 +141,8 @@ def recomputed(stage: Stage, streams: int, block: int) -> Estimate:
 
 
 def _estimate(stage: Stage, residual: float, residual_transient: float) -> Estimate:
-    kept = stage.layers * stage.sublayer_bytes() + residual
+    masks = SUBLAYERS * stage.layers * stage.mask_bytes()
+    kept = stage.layers * stage.sublayer_bytes() + residual + masks
     return Estimate(kept * stage.in_flight, residual_transient + stage.backward_bytes())
 
 
@@ -145,14 +153,18 @@ def best_block(stage: Stage, streams: int) -> int:
     return min(range(1, stage.layers + 1), key=lambda block: recomputed(stage, streams, block).peak)
 
 
-def passes_in_flight(rank: int, stages: int, virtual: int, micro_batches: int) -> int:
+def passes_in_flight(
+    rank: int, stages: int, virtual: int, micro_batches: int, group: int | None = None
+) -> int:
     """Forward passes through one of a rank's stages whose backward pass is still to come, at most.
 
     Args:
         rank, stages: pipeline rank and number of ranks. virtual: stages to a rank.
-        micro_batches: of a step.
+        micro_batches: of a step. group: those that go through one of a rank's stages before its
+            next one's turn comes (--microbatch-group-size-per-virtual-pipeline-stage), by default
+            ``stages``.
     """
     if virtual == 1:
         return min(stages - rank, micro_batches)
-    ahead = (stages - rank - 1) * 2 + (virtual - 1) * stages + 1
+    ahead = (stages - rank - 1) * 2 + (virtual - 1) * (group or stages) + 1
     return min(ahead, micro_batches * virtual)

@@ -1,82 +1,75 @@
 """From the flags of a training run to a table of what its activations take."""
 
 import argparse
-from collections.abc import Callable
 
 from rich.table import Table
 
 from . import activation_memory
 from .activation_memory import Stage, passes_in_flight
+from .arguments import DEFAULTS, add_mhc_args, mhc_config_from_args
+from .config import MHCConfig
 from .errors import UserError
+from .memory_sizes import check_sizes, virtual_stages
 from .recompute_blocks import best_block_layers
-
-_NOT_COUNTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] = (
-    ("--recompute-granularity", lambda args: args.recompute_granularity, "leave it out"),
-    ("--num-experts", lambda args: args.num_experts, "only dense layers are counted"),
-    (
-        "--multi-latent-attention",
-        lambda args: args.multi_latent_attention,
-        "only multi-head and group-query attention are counted",
-    ),
-    (
-        "--transformer-impl",
-        lambda args: None if args.transformer_impl == "transformer_engine" else "local",
-        "only Transformer Engine layers are counted",
-    ),
-)
+from .uncounted import refuse_uncounted
 
 
-def _needed(args: argparse.Namespace, name: str) -> int:
-    value = getattr(args, name)
-    if value is None:
-        raise UserError(f"--{name.replace('_', '-')}: is needed to count activations; give it")
-    return value
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Takes the flags of a training, and how many replicas it has, which Megatron works out."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data-parallel-size",
+        type=int,
+        default=1,
+        help="of this tool: replicas that share --global-batch-size [1]",
+    )
+    return add_mhc_args(add_megatron_arguments(parser))
 
 
-def _virtual_stages(args: argparse.Namespace, layers: int) -> int:
-    """Stages to a pipeline rank."""
-    if args.num_virtual_stages_per_pipeline_rank is not None:
-        return args.num_virtual_stages_per_pipeline_rank
-    if args.num_layers_per_virtual_pipeline_stage is not None:
-        return layers // (
-            args.pipeline_model_parallel_size * args.num_layers_per_virtual_pipeline_stage
-        )
-    return 1
+def settings(args: argparse.Namespace) -> MHCConfig:
+    """What recompute would run with: the flags' values, with and without --mhc.
+
+    Raises:
+        UserError: names the flag, its value and what would be right.
+    """
+    given = {name: getattr(args, name) for name in DEFAULTS}
+    filled = {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
+    mhc = mhc_config_from_args(argparse.Namespace(**{**filled, "mhc_recompute": True}))
+    if mhc.num_streams == 1:
+        raise UserError("--mhc-num-residual-streams 1: is the plain residual; use 2 or more")
+    return mhc
 
 
 def stages(args: argparse.Namespace) -> list[Stage]:
     """One stage of every pipeline rank, with the passes in flight there.
 
     Args:
-        args: from Megatron's parser; need not have been validated.
+        args: from :func:`make_parser`; need not have been validated by Megatron.
 
     Raises:
-        UserError: a flag that is missing, or whose effect is not counted.
+        UserError: a flag that is missing, that cannot be, or whose effect is not counted.
     """
-    for flag, value_of, remedy in _NOT_COUNTED:
-        value = value_of(args)
-        if value:
-            shown = "" if value is True else f" {value}"
-            raise UserError(f"{flag}{shown}: is not in the estimate; {remedy}")
-    layers, hidden = _needed(args, "num_layers"), _needed(args, "hidden_size")
-    heads = _needed(args, "num_attention_heads")
-    micro_batch = _needed(args, "micro_batch_size")
+    refuse_uncounted(args)
+    check_sizes(args)
+    layers, hidden, heads = args.num_layers, args.hidden_size, args.num_attention_heads
     ranks = args.pipeline_model_parallel_size
-    virtual = _virtual_stages(args, layers)
-    if virtual < 1 or layers % (ranks * virtual):
-        raise UserError(
-            f"--num-layers {layers}: does not divide into {ranks} pipeline ranks of {virtual} "
-            f"stages; use a multiple of {ranks * max(1, virtual)}"
-        )
+    virtual = virtual_stages(args)
     channels = args.kv_channels or hidden // heads
     ffn = args.ffn_hidden_size
     if ffn is None:  # Megatron's own defaults
         ffn = int(4 * hidden * 2 / 3 / 64) * 64 if args.swiglu else 4 * hidden
     groups = args.num_query_groups if args.group_query_attention else heads
-    tokens = _needed(args, "seq_length") * micro_batch // args.context_parallel_size
-    # Without a batch size the pipeline is taken to be full.
-    batch = args.global_batch_size
-    micro_batches = ranks * virtual if batch is None else batch // micro_batch
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or ranks
+    micro_batches = group * virtual  # without a batch size the pipeline is taken to be full
+    if args.global_batch_size is not None:
+        micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
     return [
         Stage(
             layers=layers // (ranks * virtual),
@@ -88,9 +81,10 @@ def stages(args: argparse.Namespace) -> list[Stage]:
             heads=heads,
             gated=args.swiglu,
             fp8=args.fp8 is not None,
+            dropout=args.hidden_dropout > 0,
             tensor_parallel=args.tensor_model_parallel_size,
             sequence_parallel=args.sequence_parallel,
-            in_flight=passes_in_flight(rank, ranks, virtual, micro_batches),
+            in_flight=passes_in_flight(rank, ranks, virtual, micro_batches, group),
         )
         for rank in range(ranks)
     ]

@@ -20,6 +20,7 @@ from .checkpoint_guard import latest_iteration
 from .errors import UserError
 from .report.curves import LOSS, VALIDATION_LOSS, Run, read_run
 from .report.megatron_log import parse_step, parse_validation
+from .run_folder import claim
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "pretrain_gpt.py"
@@ -95,13 +96,16 @@ class SmallRun:
         """The last checkpoint is that of the last step."""
         return latest_iteration(self.folder / "checkpoints") == self.steps
 
+    def claim(self) -> None:
+        """Raises UserError where the folder is not this training's, nor can become it."""
+        claim(self.folder, self.mixing, self.steps, self.data)
+
     def train(self, console: Console) -> None:
         """Run to the last step, resuming where a checkpoint lies; progress on the console.
 
         Raises:
             UserError: the training failed or was interrupted; the message has its log's end.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         log_path = self.folder / "log.txt"
         # To a file and not a pipe: helper processes of a killed trainer would hold a pipe open.
         with open(log_path, "a") as log:

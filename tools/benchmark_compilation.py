@@ -11,6 +11,8 @@ import os
 import tempfile
 import time
 
+from megatron_mhc.command_line import at_least, check_gpu, run_tool
+
 
 def seconds(tokens: int, channels: int) -> float:
     """The host's time for one application."""
@@ -39,9 +41,10 @@ def seconds(tokens: int, channels: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", nargs="+", type=int, default=[3072, 3584, 6656])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 2048, 1000, 4097])
+    parser.add_argument("--channels", nargs="+", type=at_least(1), default=[3072, 3584, 6656])
+    parser.add_argument("--tokens", nargs="+", type=at_least(1), default=[2048, 2048, 1000, 4097])
     arguments = parser.parse_args()
+    check_gpu()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # read when Triton is imported
         for channels in arguments.channels:
@@ -50,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

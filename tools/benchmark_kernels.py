@@ -31,6 +31,7 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_mhc import kernels
+from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool
 
 N, OPTIONS = 4, {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 # Least traffic in units, forward and backward. post_pre, the merge of one sublayer and the mapping
@@ -246,20 +247,34 @@ def write(rows: list[dict], about: dict, folder: Path) -> None:
     plt.close(figure)
 
 
+def size(text: str) -> tuple[int, int]:
+    """Tokens and channels of the command line, as 8192x4096.
+
+    Raises:
+        ArgumentTypeError: they are no two numbers above 0.
+    """
+    numbers = text.split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: expected tokens x channels, as 8192x4096")
+    return int(numbers[0]), int(numbers[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", default=list(UNITS), choices=list(UNITS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--channels", nargs="+", type=int, default=[2560, 4096, 7168])
-    parser.add_argument("--sizes", nargs="+", help="tokens x channels, as 8192x4096, instead")
+    parser.add_argument("--tokens", nargs="+", type=at_least(1), default=[8192])
+    parser.add_argument("--channels", nargs="+", type=at_least(1), default=[2560, 4096, 7168])
+    parser.add_argument(
+        "--sizes", nargs="+", type=size, help="tokens x channels, as 8192x4096, instead"
+    )
     backends = (*OURS, *kernel_peers.PEERS)
     parser.add_argument("--backends", nargs="+", default=["triton"], choices=backends)
-    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--repetitions", type=at_least(1), default=20)
     parser.add_argument("--out", type=Path, default=Path("build/kernels"), help="folder to write")
     arguments = parser.parse_args()
-    sizes = [(t, c) for t in arguments.tokens for c in arguments.channels]
-    if arguments.sizes:
-        sizes = [tuple(int(number) for number in size.split("x")) for size in arguments.sizes]
+    check_folder(arguments.out, f"--out {arguments.out}")
+    check_gpu()
+    sizes = arguments.sizes or [(t, c) for t in arguments.tokens for c in arguments.channels]
     rate = copy_rate()
     about = machine() | {"copy GB/s": round(rate)}
     print(about)
@@ -278,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -26,6 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_mhc import MHCConfig, activation_memory, environment  # noqa: E402
 from megatron_mhc.activation_memory import Stage  # noqa: E402
+from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool  # noqa: E402
+from megatron_mhc.errors import UserError  # noqa: E402
+from megatron_mhc.kernels import BACKENDS  # noqa: E402
 from megatron_mhc.recompute_blocks import best_block_layers  # noqa: E402
 from megatron_mhc.report.trace import busy_us, profile_step  # noqa: E402
 
@@ -181,11 +184,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--blocks", nargs="+", type=int, default=[0], help="layers to a block; 0: eq. 20 [0]"
+        "--blocks",
+        nargs="+",
+        type=at_least(0),
+        default=[0],
+        help="layers to a block; 0: eq. 20 [0]",
     )
-    parser.add_argument("--steps", type=int, default=10, help="steps to measure [10]")
-    parser.add_argument("--backend", default="auto", help="--mhc-backend [auto]")
+    parser.add_argument("--steps", type=at_least(1), default=10, help="steps to measure [10]")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="--mhc-backend [auto]")
     args = parser.parse_args()
+    for name in args.cases:
+        if max(args.blocks) > CASES[name].layers:
+            raise UserError(
+                f"--blocks {max(args.blocks)}: the case {name} has {CASES[name].layers} layers; "
+                f"use 1 to {CASES[name].layers}, or 0"
+            )
+    check_folder(args.out, f"--out {args.out}")
+    check_gpu()
     args.out.mkdir(parents=True, exist_ok=True)
 
     environment.prepare()
@@ -228,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -20,11 +20,12 @@ A step is the forward and backward passes of a global batch, without the optimiz
 
 each in two stages; plain, none and none+recompute also on one GPU. The slow link is
 NCCL_P2P_DISABLE=1, through host memory. All cases of a link run in one pair of processes. Writes
-pipeline.jsonl (a line a case, as they end), pipeline.md and, with --trace, Chrome traces of the
-staged cases and a picture of them.
+pipeline.jsonl (a line a case, as they end; the first replaces the results of an earlier run),
+pipeline.md and, with --trace, Chrome traces of the staged cases and a picture of them.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 import os
@@ -40,6 +41,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_mhc.command_line import above_zero, at_least, check_folder, run_tool  # noqa: E402
 from megatron_mhc.errors import UserError  # noqa: E402
 from megatron_mhc.report.console import table_console  # noqa: E402
 from megatron_mhc.report.pipeline_estimate import MODES, Cluster  # noqa: E402
@@ -56,6 +58,12 @@ CASES = (
 LINKS = {"nvlink": {}, "host": {"NCCL_P2P_DISABLE": "1"}}
 """Name of a link to the environment that makes NCCL use it."""
 RANKS = 2
+ESTIMATED = ("stages", "link", "forward_ms")
+MEASURED = (
+    *("out", "cases", "links", "layers", "ffn", "vocabulary", "steps", "trace", "no_single"),
+    *("no_profile", "recompute_layer_num", "nccl_p2p_channels"),
+)
+"""Flags that are of --estimate only, and those that are not of it."""
 GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 
 
@@ -81,6 +89,25 @@ def check_groups(args) -> None:
             f"--micro-batches {args.micro_batches}: in groups of {group} the last one has {left}, "
             f"Megatron takes no fewer than stages ({stages}); change either number"
         )
+
+
+def check_mode(parser: argparse.ArgumentParser, args) -> None:
+    """That every flag given is one of the mode, --estimate or a measurement.
+
+    Raises:
+        UserError: one is not.
+    """
+    names, remedy = ESTIMATED, "has no effect without --estimate; add it, or leave this out"
+    if args.estimate:
+        names, remedy = MEASURED, "has no effect with --estimate; leave one of them out"
+    for name in names:
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            shown = "" if value is True else f" {value}"
+            raise UserError(f"--{name.replace('_', '-')}{shown}: {remedy}")
+    if args.estimate and args.chunks and len(args.chunks) > 1:
+        shown = " ".join(map(str, args.chunks))
+        raise UserError(f"--chunks {shown}: --estimate is of one pipeline; give one number")
 
 
 def estimate(args) -> None:
@@ -123,6 +150,7 @@ def settings_of(args, link: str) -> dict:
         "link": link,
         "p2p_channels": args.nccl_p2p_channels,
         "cases": [*single, *staged],
+        "first": link == args.links[0],
         "trace": args.trace,
         "profile": not args.no_profile,
         **{
@@ -184,8 +212,9 @@ def run_workers(args, link: str, workers: list[subprocess.Popen]) -> None:
         UserError: one of them failed; with the end of its log.
     """
     for worker in workers:
-        worker.stdin.write("\n")
-        worker.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has failed already; its log says why
+            worker.stdin.write("\n")
+            worker.stdin.flush()
     while any(worker.poll() is None for worker in workers):
         failed = [rank for rank, worker in enumerate(workers) if worker.poll()]
         if failed:
@@ -220,12 +249,24 @@ def finish_traces(folder: Path) -> None:
         draw_timelines(cases, folder / f"pipeline-{link}.png")
 
 
+def written_at(file: Path) -> int | None:
+    """When it was, in nanoseconds; None before there is one."""
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 def measure(args) -> None:
     # A run that is cut short, by timeout or a scheduler, reports what it has.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for chunks in args.chunks:
+        if args.layers % (RANKS * chunks):
+            raise UserError(
+                f"--chunks {chunks}: --layers {args.layers} is no multiple of {RANKS * chunks}, "
+                f"of {RANKS} stages with {chunks} chunks each"
+            )
+    check_folder(args.out, f"--out {args.out}")
     args.out.mkdir(parents=True, exist_ok=True)
     results_file = args.out / "pipeline.jsonl"
-    results_file.unlink(missing_ok=True)
+    earlier = written_at(results_file)
     workers = {link: start_workers(args, link) for link in args.links}
     try:
         wait_until_loaded(args, workers)
@@ -236,7 +277,7 @@ def measure(args) -> None:
             if worker.poll() is None:
                 worker.kill()
             worker.wait()
-        if results_file.exists():
+        if written_at(results_file) != earlier:
             report(args, results_file)
 
 
@@ -266,35 +307,42 @@ def case_name(text: str) -> str:
 
 
 def main() -> None:
+    number = at_least(1)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder for results and logs")
     parser.add_argument("--cases", nargs="+", type=case_name, default=CASES, help="in this order")
-    parser.add_argument("--recompute-layer-num", type=int, help="of +recompute; default: eq. 20")
-    parser.add_argument("--nccl-p2p-channels", type=int, help="NCCL_MAX_P2P_NCHANNELS of all cases")
-    parser.add_argument("--chunks", nargs="+", type=int, default=[2, 1, 4])
+    parser.add_argument("--recompute-layer-num", type=number, help="of +recompute; default: eq. 20")
+    parser.add_argument(
+        "--nccl-p2p-channels", type=number, help="NCCL_MAX_P2P_NCHANNELS of all cases"
+    )
+    parser.add_argument("--chunks", nargs="+", type=number, help="[2 1 4; of --estimate 2]")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS))
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--ffn", type=int, default=11008)
-    parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=2048, help="small: stages stay equal")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
-    parser.add_argument("--micro-batch", type=int, default=2, help="sequences")
-    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--layers", type=number, default=8)
+    parser.add_argument("--hidden", type=number, default=4096)
+    parser.add_argument("--ffn", type=number, default=11008)
+    parser.add_argument("--streams", type=number, default=4)
+    parser.add_argument("--vocabulary", type=number, default=2048, help="small: stages stay equal")
+    parser.add_argument("--length", type=number, default=4096, help="tokens of a sequence")
+    parser.add_argument("--micro-batch", type=number, default=2, help="sequences")
+    parser.add_argument("--micro-batches", type=number, default=8)
     parser.add_argument(
         GROUP, type=int, default=0, dest="group", help="Megatron's; default: the number of stages"
     )
-    parser.add_argument("--steps", type=int, default=6, help="timed steps")
+    parser.add_argument("--steps", type=number, default=6, help="timed steps")
     parser.add_argument("--trace", action="store_true", help="of every staged case")
     parser.add_argument("--no-single", action="store_true", help="leave the models of one GPU out")
     parser.add_argument("--no-profile", action="store_true", help="step times only")
     parser.add_argument("--estimate", action="store_true", help="the model on paper, no GPU")
-    parser.add_argument("--stages", type=int, default=2, help="of --estimate")
-    parser.add_argument("--link", type=float, default=50.0, help="GB/s of --estimate")
-    parser.add_argument("--forward-ms", type=float, default=10.0, help="chunk's, of --estimate")
+    parser.add_argument("--stages", type=at_least(2), default=2, help="of --estimate")
+    parser.add_argument("--link", type=above_zero, default=50.0, help="GB/s of --estimate")
+    parser.add_argument(
+        "--forward-ms", type=above_zero, default=10.0, help="chunk's, of --estimate"
+    )
     args = parser.parse_args()
+    check_mode(parser, args)
+    args.chunks = args.chunks or ([2] if args.estimate else [2, 1, 4])
     check_groups(args)
     if args.estimate:
         estimate(args)
@@ -305,8 +353,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as problem:
-        print(f"benchmark_pipeline.py: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

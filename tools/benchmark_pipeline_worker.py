@@ -387,19 +387,31 @@ def main(settings: dict, folder: Path) -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if GPU else "gloo")
     division = None
+    begins = settings["first"]
     for name, stages, chunks in settings["cases"]:
         if division is None or (division.stages, division.chunks) != (stages, chunks):
             division = Division(settings, stages, chunks)
         result, kernels = run_case(settings, name, division)
         if dist.get_rank() == 0:
-            write(folder, result, kernels if settings["trace"] and stages > 1 else [])
+            write(folder, result, kernels if settings["trace"] and stages > 1 else [], begins)
+        begins = False
     dist.destroy_process_group()
 
 
-def write(folder: Path, result: dict, kernels: list) -> None:
-    """One case's line and, with ``kernels``, its trace."""
-    with open(folder / "pipeline.jsonl", "a") as results:
-        results.write(json.dumps(result) + "\n")
+def write(folder: Path, result: dict, kernels: list, begins: bool) -> None:
+    """One case's line and, with ``kernels``, its trace.
+
+    The line that ``begins`` a run replaces the results of an earlier one.
+    """
+    results = folder / "pipeline.jsonl"
+    line = json.dumps(result) + "\n"
+    if begins:
+        aside = results.with_suffix(".aside")
+        aside.write_text(line)
+        os.replace(aside, results)
+    else:
+        with open(results, "a") as lines:
+            lines.write(line)
     case = "{link}-{mode}-{chunks}".format(**result)
     print(f"{case}: {result['step_ms']:.1f} ms, ran {result['seconds']:.1f} s", flush=True)
     if kernels:

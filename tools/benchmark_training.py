@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool  # noqa: E402
 from megatron_mhc.errors import UserError  # noqa: E402
+from megatron_mhc.kernels import BACKENDS  # noqa: E402
 from megatron_mhc.report.curves import read_run  # noqa: E402
 from megatron_mhc.report.megatron_log import (  # noqa: E402
     parse_peak_memory,
@@ -165,6 +167,26 @@ def table(results: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def check(args) -> None:
+    """That the runs can start.
+
+    Raises:
+        UserError: names the flag, its value and what would be right.
+    """
+    if args.steps <= WARM_UP:
+        raise UserError(f"--steps {args.steps}: more than {WARM_UP} are needed for a step time")
+    if args.hidden % 64:
+        raise UserError(f"--hidden {args.hidden}: expected a multiple of 64, a head's channels")
+    for ending in ("train.bin", "train.idx", "valid.bin", "valid.idx"):
+        file = Path(f"{args.data}_{ending}")
+        if not file.is_file():
+            raise UserError(
+                f"--data {args.data}: there is no {file}; tools/prepare_data.py makes it"
+            )
+    check_folder(args.out, f"--out {args.out}")
+    check_gpu()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,14 +194,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="prefix given to prepare_data.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
-    parser.add_argument("--backend", default="auto", help="--mhc-backend of the mHC runs [auto]")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="auto", help="--mhc-backend of the mHC runs [auto]"
+    )
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1536)
-    parser.add_argument("--ffn", type=int, default=4096)
+    parser.add_argument("--layers", type=at_least(1), default=12)
+    parser.add_argument("--hidden", type=at_least(64), default=1536)
+    parser.add_argument("--ffn", type=at_least(1), default=4096)
     args = parser.parse_args()
-    if args.steps <= WARM_UP:
-        raise UserError(f"--steps {args.steps}: more than {WARM_UP} are needed for a step time")
+    check(args)
     results = []
     runs = {case: preload(args, case) for case in args.cases}
     wait_until_loaded(args, runs)
@@ -195,8 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as problem:
-        print(f"benchmark_training.py: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

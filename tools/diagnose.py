@@ -7,10 +7,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_mhc.command_line import check_folder, run_tool  # noqa: E402
 from megatron_mhc.errors import UserError  # noqa: E402
 from megatron_mhc.report.curves import read_run  # noqa: E402
 from megatron_mhc.report.plots import draw_comparison, draw_run  # noqa: E402
 from megatron_mhc.report.table import print_table  # noqa: E402
+
+
+def check_plot(path: Path) -> None:
+    """That a picture can be written there.
+
+    Raises:
+        UserError: it is a folder, no PNG by its name, or where nothing can be written.
+    """
+    if path.is_dir():
+        raise UserError(f"--plot {path}: is a folder; give a file in it, as {path / 'gains.png'}")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--plot {path}: expected a name that ends with .png")
+    check_folder(path.parent, f"--plot {path}")
 
 
 def main() -> None:
@@ -22,6 +36,8 @@ def main() -> None:
     names = args.names or [str(folder) for folder in args.runs]
     if len(names) != len(args.runs):
         raise UserError(f"--names: {len(names)} names for {len(args.runs)} runs")
+    if args.plot:
+        check_plot(args.plot)
     runs = [read_run(folder, name) for folder, name in zip(args.runs, names, strict=True)]
     print_table(runs)
     if args.plot:
@@ -32,8 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as problem:
-        print(f"diagnose.py: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console  # noqa: E402
 
-from megatron_mhc.errors import UserError  # noqa: E402
+from megatron_mhc.command_line import at_least, run_tool  # noqa: E402
 from megatron_mhc.report.plots import draw_comparison, draw_run  # noqa: E402
 from megatron_mhc.report.table import print_table  # noqa: E402
 from megatron_mhc.small_run import MIXINGS, SmallRun, summary_line  # noqa: E402
@@ -19,6 +19,7 @@ console = Console()
 
 
 def train(run: SmallRun) -> None:
+    run.claim()
     if run.finished():
         console.print(
             f"{run.folder} is finished; for a new training, remove it or give another --run"
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="prefix given to prepare_data.py")
     parser.add_argument("--run", type=Path, required=True, help="folder for log and checkpoints")
-    parser.add_argument("--steps", type=int, default=SmallRun.steps, help="[%(default)s]")
+    parser.add_argument("--steps", type=at_least(1), default=SmallRun.steps, help="[%(default)s]")
     parser.add_argument("--mixing", choices=MIXINGS, default=SmallRun.mixing, help="[%(default)s]")
     parser.add_argument(
         "--compare", action="store_true", help=f"train {', '.join(MIXINGS)} and draw them together"
@@ -61,8 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as problem:
-        print(f"pretrain_small.py: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

@@ -8,6 +8,7 @@ import argparse
 from benchmark_kernels import kernel_times, make_inputs, make_steps
 from triton.runtime.errors import OutOfResources
 
+from megatron_mhc.command_line import at_least, check_gpu, run_tool
 from megatron_mhc.kernels import launch, launch_backward, launch_reduce, launch_replay
 
 TILES = ("BLOCK_T", "BLOCK_C", "num_warps", "STAGES", "maxnreg")
@@ -39,9 +40,10 @@ def show(label: str, inputs: dict, kernel: str, op: str = "post_pre") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--channels", type=int, default=4096)
+    parser.add_argument("--tokens", type=at_least(1), default=8192)
+    parser.add_argument("--channels", type=at_least(1), default=4096)
     arguments = parser.parse_args()
+    check_gpu()
     inputs = make_inputs(arguments.tokens, arguments.channels)
     for name, entries in SWEEP.items():
         chosen = launch.CONFIGS[name]
@@ -58,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

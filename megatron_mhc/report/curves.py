@@ -52,11 +52,13 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     A resumed run writes a second file; where both have a step, the later one counts.
 
     Raises:
-        UserError: no training loss in the folder.
+        UserError: no such folder, or no training loss in it.
     """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"{folder}: {what}; give a run's --tensorboard-dir")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    if folder.is_dir():
-        events.Reload()
+    events.Reload()
     scalars = {}
     for tag in events.Tags()["scalars"]:
         latest = {event.step: event.value for event in events.Scalars(tag)}

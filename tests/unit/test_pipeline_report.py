@@ -123,10 +123,15 @@ def test_the_timeline_is_drawn(tmp_path):
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_workers_kernels_become_traces_and_a_picture(tmp_path):
+@pytest.fixture
+def tool():
     spec = importlib.util.spec_from_file_location("benchmark_pipeline", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_workers_kernels_become_traces_and_a_picture(tool, tmp_path):
     kernels = read_kernels(TRACE, 0) + read_kernels(TRACE, 1)
     kept = [[k.name, k.rank, k.lane, k.start, k.duration] for k in kernels]
     for case in ("none", "nccl@4"):
@@ -196,6 +201,21 @@ def run_tool(*flags: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture
+def call(tool, monkeypatch, capsys):
+    """Runs the tool in this process, where it is refused; returns what it said."""
+
+    def called(*flags: object) -> str:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, flags)])
+        monkeypatch.setattr(tool.signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as ended:
+            tool.run_tool(tool.main)
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    return called
+
+
 def test_the_estimate_needs_no_gpu():
     done = run_tool("--estimate", "--chunks", 2, "--link", 50, "--forward-ms", 18)
     assert done.returncode == 0, done.stderr
@@ -217,7 +237,6 @@ def test_a_folder_is_asked_for():
         ((GROUP, -2), f"{GROUP} -2: has to be from 2"),
         ((GROUP, 4, "--chunks", 1), f"{GROUP} 4: only chunks have groups"),
         (("--micro-batches", 7), "--micro-batches 7: in groups of 2 the last one has 1"),
-        (("--estimate", "--stages", 4, GROUP, 3), f"{GROUP} 3: has to be from 4"),
     ],
 )
 def test_groups_that_megatron_does_not_take_are_refused(tmp_path, flags, message):
@@ -225,6 +244,49 @@ def test_groups_that_megatron_does_not_take_are_refused(tmp_path, flags, message
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--stages", 4, GROUP, 3), f"{GROUP} 3: has to be from 4"),
+        (("--stages", 1), "argument --stages: 1: expected a whole number, 2 or more"),
+        (("--link", 0), "argument --link: 0: expected a number above 0"),
+        (("--link", -5), "argument --link: -5: expected a number above 0"),
+        (("--forward-ms", "nan"), "argument --forward-ms: nan: expected a number above 0"),
+        (("--chunks", 0), "argument --chunks: 0: expected a whole number, 1 or more"),
+        (("--hidden", 0), "argument --hidden: 0: expected a whole number, 1 or more"),
+        (("--chunks", 1, 2), "--chunks 1 2: --estimate is of one pipeline; give one number"),
+        (("--out", "there"), "--out there: has no effect with --estimate; leave one of them out"),
+        (("--trace",), "--trace: has no effect with --estimate; leave one of them out"),
+    ],
+)
+def test_an_estimate_of_what_cannot_be_is_refused(call, flags, message):
+    assert f"error: {message}" in call("--estimate", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--steps", 0), "argument --steps: 0: expected a whole number, 1 or more"),
+        (("--stages", 4), "--stages 4: has no effect without --estimate; add it, or leave this"),
+        (("--chunks", 3), "--chunks 3: --layers 8 is no multiple of 6, of 2 stages with 3 chunks"),
+    ],
+)
+def test_a_measurement_that_cannot_start_leaves_no_folder(call, tmp_path, flags, message):
+    assert f"error: {message}" in call("--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_cannot_start_leaves_earlier_results(tool, call, tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise SystemExit('no NCCL here')")
+    monkeypatch.setattr(tool, "WORKER", worker)
+    for name in ("pipeline.jsonl", "pipeline.md"):
+        (tmp_path / name).write_text("earlier")
+    assert "rank 0 on link nvlink failed:\nno NCCL here" in call("--out", tmp_path)
+    for name in ("pipeline.jsonl", "pipeline.md"):
+        assert (tmp_path / name).read_text() == "earlier"
 
 
 @pytest.mark.parametrize("case", ["posts", "plain@2", "post@2", "nccl@", "nccl@few"])
@@ -264,6 +326,7 @@ def test_the_benchmark_runs_end_to_end_on_tiny_models(tmp_path):
     ]
     cases += ["none+recompute", "post+recompute", "nccl@2"]
     few += ["--cases", *cases, "--nccl-p2p-channels", "4"]
+    (tmp_path / "pipeline.jsonl").write_text("of an earlier run\n")
     done = run_tool("--out", tmp_path, *sizes, *few)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line) for line in (tmp_path / "pipeline.jsonl").read_text().splitlines()]
