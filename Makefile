@@ -7,6 +7,7 @@ STAMP := $(VENV)/.ready
 DATA := data/stdlib
 RUN := runs
 STEPS := 500
+JOBS := 2
 
 .PHONY: setup pretrain compare test lint gpu-test help
 
@@ -14,7 +15,7 @@ help:
 	@echo "make setup      virtual environment with the pinned packages (the other targets do it too)"
 	@echo "make pretrain   train a small mHC GPT on real text, on this machine's CPU"
 	@echo "make compare    the same for plain, unconstrained and sinkhorn, in one plot"
-	@echo "make test       all tests that need no GPU"
+	@echo "make test       all tests that need no GPU, JOBS=2 files at a time"
 	@echo "make lint       ruff, check and format"
 	@echo "make gpu-test   the tests that need a GPU (run on a GPU host)"
 
@@ -34,7 +35,7 @@ compare: $(STAMP)
 	$(PY) tools/pretrain_small.py --data $(DATA) --run $(RUN)/compare --steps $(STEPS) --compare
 
 test: $(STAMP)
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

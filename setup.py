@@ -41,6 +41,7 @@ setup(
             "hypothesis",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff",
             "sentencepiece",
             "transformers>=5.17",

@@ -19,6 +19,8 @@ README = PAGES[0].read_text()
 # Commands whose test is elsewhere, by their beginning.
 TESTED_ELSEWHERE = {
     "make test": "this run",
+    "pip install .": "test_packaging.py builds and imports the wheel; the rest was run by hand",
+    "pip install --no": "as the one before",
     "python -m megatron_mhc.patches": "test_patches.py",
     "python tools/prepare_data.py": "test_prepare_data*.py",
     "python tools/benchmark_pipeline.py --estimate": "test_pipeline_report.py",
@@ -224,26 +226,22 @@ def test_flag_table_is_the_parsers(parser):
     assert rows == expected
 
 
-def test_readme_python_runs():
+def test_readme_python_runs(monkeypatch):
     first, second = blocks(README, "python")
     names: dict = {}
     exec(first, names)
     assert names["h"].shape == (16, 2, 64)
 
     environment.prepare()
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt import gpt_layer_specs as specs
 
     from megatron_mhc.block import MHCTransformerBlock
     from tests.models import build_gpt
 
-    names = {
-        "config": build_gpt(None).config,
-        "vocab_size": 128,
-        "GPTModel": GPTModel,
-        # Transformer Engine needs a GPU; tests/gpu has its turn.
-        "get_gpt_layer_with_transformer_engine_spec": get_gpt_layer_local_spec,
-    }
+    # Transformer Engine needs a GPU; tests/gpu has its turn.
+    name = "get_gpt_layer_with_transformer_engine_spec"
+    monkeypatch.setattr(specs, name, specs.get_gpt_layer_local_spec)
+    names = {"config": build_gpt(None).config}
     exec(second, names)
     assert isinstance(names["model"].decoder, MHCTransformerBlock)
 
