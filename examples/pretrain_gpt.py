@@ -46,6 +46,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
-        if problem.every_rank or os.environ.get("RANK", "0") == "0":
+        # Once a node: what is missing may be missing on one of them.
+        if problem.every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain_gpt.py: error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -102,6 +102,10 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="Patch a Megatron whose source is not one that the patches were tested on.",
     )
+    # Megatron 0.19.2 has a help text whose bare percent sign ends --help in a traceback.
+    for action in parser._actions:
+        if action.help and "10%)" in action.help:
+            action.help = action.help.replace("10%)", "10%%)")
     return parser
 
 

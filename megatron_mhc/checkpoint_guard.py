@@ -130,6 +130,13 @@ def check_checkpoint(args: argparse.Namespace) -> list[str]:
         UserError: names each differing flag with both values, and the remedy.
     """
     said = []
+    remote = [
+        path
+        for path in (args.load, getattr(args, "pretrained_checkpoint", None))
+        if "://" in (path or "")
+    ]
+    if remote:
+        return [f"mHC: {remote[0]} is not on a disk; its mHC settings are not checked"]
     if args.load and args.rank == 0 and (repaired := repair_tracker(Path(args.load))):
         said.append(repaired)
     source = _source(args)

@@ -48,6 +48,18 @@ def check_folder(folder: Path, given: str) -> None:
         raise UserError(f"{given}: {there} cannot be written into; give another folder")
 
 
+def check_data(prefix: Path) -> None:
+    """That the pairs of a prefix given to tools/prepare_data.py are there.
+
+    Raises:
+        UserError: names the file that is not.
+    """
+    for ending in ("train.bin", "train.idx", "valid.bin", "valid.idx"):
+        file = Path(f"{prefix}_{ending}")
+        if not file.is_file():
+            raise UserError(f"--data {prefix}: there is no {file}; tools/prepare_data.py makes it")
+
+
 def check_gpu() -> None:
     """Raises UserError where there is no NVIDIA GPU."""
     import torch

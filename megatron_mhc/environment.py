@@ -68,11 +68,12 @@ def set_single_process() -> None:
     """
     if "RANK" in os.environ:
         return
-    tasks = os.environ.get("SLURM_NTASKS", "1")
-    if "SLURM_PROCID" in os.environ and tasks != "1":
+    # Of srun's tasks alone: a batch script is one process, whatever SLURM_NTASKS says of its job.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
         raise EnvironmentProblem(
-            f"SLURM_NTASKS {tasks}, but no RANK: each task would train alone. Start one task a "
-            "node with torchrun, as examples/pretrain_slurm.sh does"
+            f"SLURM_STEP_NUM_TASKS {tasks}, but no RANK: each task would train alone. "
+            "Start one task a node with torchrun, as examples/pretrain_slurm.sh does"
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

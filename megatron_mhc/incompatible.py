@@ -57,7 +57,7 @@ def _with_combined_1f1b(name: str) -> Callable[[argparse.Namespace], object]:
 def _unsaved_optimizer(args: argparse.Namespace) -> object:
     """--save, where Megatron's optimizer of a 16-bit model has no place for float32 parameters."""
     half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
-    if not half or args.use_distributed_optimizer or args.no_save_optim:
+    if not half or args.use_distributed_optimizer or args.no_save_optim or args.skip_train:
         return None
     return args.save or None
 

@@ -101,6 +101,7 @@ def unknown_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             value = getattr(args, action.dest, None)
             known = group.title in GROUPS_WITHOUT_EFFECT or KNOWN & {*action.option_strings}
             if not known and value != getattr(defaults, action.dest, None):
-                shown = "" if isinstance(value, bool) else f" {value}"
+                words = value if isinstance(value, list) else [value]
+                shown = "" if isinstance(value, bool) else f" {' '.join(map(str, words))}"
                 found.append(f"{action.option_strings[0]}{shown}")
     return found

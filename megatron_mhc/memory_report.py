@@ -10,6 +10,7 @@ from .arguments import DEFAULTS, add_mhc_args, mhc_config_from_args
 from .config import MHCConfig
 from .errors import UserError
 from .memory_sizes import check_sizes, virtual_stages
+from .micro_batch_groups import check_groups
 from .recompute_blocks import best_block_layers
 from .uncounted import refuse_uncounted
 
@@ -66,10 +67,16 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         ffn = int(4 * hidden * 2 / 3 / 64) * 64 if args.swiglu else 4 * hidden
     groups = args.num_query_groups if args.group_query_attention else heads
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
-    group = args.microbatch_group_size_per_vp_stage or ranks
+    # Without chunks there are no groups.
+    group = args.microbatch_group_size_per_vp_stage if virtual > 1 else None
+    group = ranks if group is None else group
     micro_batches = group * virtual  # without a batch size the pipeline is taken to be full
     if args.global_batch_size is not None:
         micro_batches = args.global_batch_size // args.micro_batch_size // args.data_parallel_size
+    if virtual > 1:
+        batch = args.global_batch_size
+        given = "a full pipeline" if batch is None else f"--global-batch-size {batch}"
+        check_groups(group, ranks, micro_batches, given)
     return [
         Stage(
             layers=layers // (ranks * virtual),
@@ -83,7 +90,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
             fp8=args.fp8 is not None,
             dropout=args.hidden_dropout > 0,
             tensor_parallel=args.tensor_model_parallel_size,
-            sequence_parallel=args.sequence_parallel,
+            sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
             in_flight=passes_in_flight(rank, ranks, virtual, micro_batches, group),
         )
         for rank in range(ranks)

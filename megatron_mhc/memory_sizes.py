@@ -69,7 +69,7 @@ def _check_divisions(args: argparse.Namespace) -> None:
         divisions.append(("tensor_model_parallel_size", "num_query_groups", tensor))
     if context > 1:
         divisions.append(("context_parallel_size", "seq_length", 2 * context))
-    if args.sequence_parallel:
+    if args.sequence_parallel and tensor > 1:  # else Megatron turns it off
         divisions.append(("sequence_parallel", "seq_length", tensor * context))
     for divisor, name, parts in divisions:
         whole = getattr(args, name)
@@ -94,21 +94,10 @@ def check_sizes(args: argparse.Namespace) -> None:
             raise UserError(f"{flag(name)} {value}: expected 1 or more")
     if not 0 <= args.hidden_dropout < 1:
         raise UserError(f"--hidden-dropout {args.hidden_dropout}: expected 0 or more, less than 1")
-    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
-        raise UserError(
-            "--sequence-parallel: has no effect without --tensor-model-parallel-size 2 or more; "
-            "give that, or leave it out"
-        )
     batch, micro, replicas = args.global_batch_size, args.micro_batch_size, args.data_parallel_size
     if batch is not None and batch % (micro * replicas):
         raise UserError(
             f"--global-batch-size {batch}: expected a multiple of --micro-batch-size {micro} times "
             f"--data-parallel-size {replicas}"
-        )
-    group, ranks = args.microbatch_group_size_per_vp_stage, args.pipeline_model_parallel_size
-    if group is not None and group < ranks:
-        raise UserError(
-            f"--microbatch-group-size-per-virtual-pipeline-stage {group}: expected "
-            f"--pipeline-model-parallel-size {ranks} or more"
         )
     _check_divisions(args)

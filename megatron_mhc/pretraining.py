@@ -43,6 +43,7 @@ def refuse_missing_data(args) -> None:
     for flag, path, instead in (
         ("--data-args-path", args.data_args_path, slice(0, 1)),
         ("--per-split-data-args-path", args.per_split_data_args_path, slice(1, 4)),
+        ("--per-dataset-sequences-path", args.per_dataset_sequences_path, slice(0)),
     ):
         if path:
             if "://" not in path and not Path(path).is_file():
@@ -50,16 +51,19 @@ def refuse_missing_data(args) -> None:
             flags[instead] = [f"{flag} {path}:"] * len(flags[instead])
     try:
         whole, split = get_blend_and_blend_per_split(args)
-    except (ValueError, KeyError):
-        raise UserError(
-            f"{flags[1]} expected JSON with train, valid and test, each prefixes or null"
-        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        named, expected = flags[1], "prefixes, or weights and prefixes in turn"
+        if args.data_path or args.data_args_path:
+            named = flags[0]
+        elif args.per_split_data_args_path:
+            expected = "JSON with train, valid and test, each prefixes or null"
+        raise UserError(f"{named.removesuffix(':')}: expected {expected}") from None
     if not whole and not split:
         raise UserError(
             "--data-path: not given; give a prefix that tools/prepare_data.py made, or --mock-data"
         )
     for source, blend in zip(flags, (whole, *(split or ()))):
-        for prefix in blend[0] if blend else ():
+        for prefix in map(str, blend[0] if blend else ()):
             for ending in (".bin", ".idx"):
                 # What has a scheme is not on this machine's disks.
                 if "://" not in prefix and not Path(prefix + ending).is_file():

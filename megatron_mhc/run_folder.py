@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from .checkpoint_guard import latest_iteration
+from .command_line import check_data, check_folder
 from .errors import UserError
 
 NOTE = "run.json"
@@ -22,21 +23,17 @@ def claim(folder: Path, mixing: str, steps: int, data: Path) -> None:
         UserError: it is or lies in a file, is of a run with other settings, or is new and its data
             is not there.
     """
-    for path in (folder, *folder.parents):
-        if path.is_file():
-            raise UserError(f"--run {folder}: {path} is a file; give a folder")
+    check_folder(folder, f"--run {folder}")
     mine = {"mixing": mixing, "steps": steps, "data": data.resolve()}
-    begun = _noted(folder) or _saved(folder / "checkpoints")
+    begun = _noted(folder) or _saved(folder)
     for name, theirs in begun.items():
         if theirs != mine[name]:
             raise UserError(
                 f"--{name} {mine[name]}: {folder} was begun with {theirs}; give that, or "
                 "another --run"
             )
-    for ending in () if begun else ("train.bin", "train.idx", "valid.bin", "valid.idx"):
-        file = Path(f"{data}_{ending}")
-        if not file.is_file():
-            raise UserError(f"--data {data}: there is no {file}; tools/prepare_data.py makes it")
+    if not begun:
+        check_data(data)
     folder.mkdir(parents=True, exist_ok=True)
     aside = (folder / NOTE).with_suffix(".aside")
     aside.write_text(json.dumps({**mine, "data": os.path.relpath(mine["data"], folder.resolve())}))
@@ -47,12 +44,18 @@ def _noted(folder: Path) -> dict[str, object]:
     """What the note says; {} without one."""
     if not (folder / NOTE).is_file():
         return {}
-    noted = json.loads((folder / NOTE).read_text())
-    return {**noted, "data": (folder / noted["data"]).resolve()}
+    try:
+        noted = json.loads((folder / NOTE).read_text())
+        return {**noted, "data": (folder / noted["data"]).resolve()}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"--run {folder}: {NOTE} there is not this job's; give another folder"
+        ) from None
 
 
-def _saved(checkpoints: Path) -> dict[str, object]:
+def _saved(folder: Path) -> dict[str, object]:
     """What the newest checkpoint was trained with; {} without one. Earlier runs left no note."""
+    checkpoints = folder / "checkpoints"
     step = latest_iteration(checkpoints)
     if step is None:
         return {}
@@ -61,6 +64,8 @@ def _saved(checkpoints: Path) -> dict[str, object]:
         from megatron.core.dist_checkpointing import load_common_state_dict
 
         saved = load_common_state_dict(str(checkpoints / f"iter_{step:07d}"))["args"]
+    if not saved.train_data_path:
+        raise UserError(f"--run {folder}: its checkpoints are not this job's; give another folder")
     (train,) = saved.train_data_path
     return {
         "mixing": saved.mhc_residual_mixing if saved.mhc else "plain",

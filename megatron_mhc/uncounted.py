@@ -31,7 +31,7 @@ UNCOUNTED: tuple[tuple[str, Callable[[argparse.Namespace], object], str], ...] =
     ),
     (
         "--transformer-impl",
-        lambda args: None if args.transformer_impl == "transformer_engine" else "local",
+        lambda args: None if (impl := args.transformer_impl) == "transformer_engine" else impl,
         "only Transformer Engine layers are counted",
     ),
     ("--attention-backend", _attention, "only flash and fused attention are counted"),

@@ -8,10 +8,14 @@ time of the host from its call until the GPU is done. Compiled kernels of earlie
 
 import argparse
 import os
+import sys
 import tempfile
 import time
+from pathlib import Path
 
-from megatron_mhc.command_line import at_least, check_gpu, run_tool
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_mhc.command_line import at_least, check_gpu, run_tool  # noqa: E402
 
 
 def seconds(tokens: int, channels: int) -> float:

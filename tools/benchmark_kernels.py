@@ -17,6 +17,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -24,14 +25,15 @@ import kernel_peers
 import matplotlib
 
 matplotlib.use("Agg")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib.pyplot as plt
-import torch
-import triton
-from torch.profiler import ProfilerActivity, profile
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from megatron_mhc import kernels
-from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool
+from megatron_mhc import kernels  # noqa: E402
+from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool  # noqa: E402
 
 N, OPTIONS = 4, {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
 # Least traffic in units, forward and backward. post_pre, the merge of one sublayer and the mapping

@@ -43,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_mhc.command_line import above_zero, at_least, check_folder, run_tool  # noqa: E402
 from megatron_mhc.errors import UserError  # noqa: E402
+from megatron_mhc.micro_batch_groups import GROUP, check_groups  # noqa: E402
 from megatron_mhc.report.console import table_console  # noqa: E402
 from megatron_mhc.report.pipeline_estimate import MODES, Cluster  # noqa: E402
 from megatron_mhc.report.pipeline_results import COLUMNS, markdown, rows  # noqa: E402
@@ -64,31 +65,20 @@ MEASURED = (
     *("no_profile", "recompute_layer_num", "nccl_p2p_channels"),
 )
 """Flags that are of --estimate only, and those that are not of it."""
-GROUP = "--microbatch-group-size-per-virtual-pipeline-stage"
 
 
-def check_groups(args) -> None:
+def check_chunks(args) -> None:
     """That Megatron's interleaved schedule takes the micro-batches in these groups.
 
     Raises:
         UserError: it does not.
     """
     stages, most = (args.stages, args.chunks[0]) if args.estimate else (RANKS, max(args.chunks))
-    group = args.group or stages
-    if most == 1:
-        if args.group:
-            raise UserError(f"{GROUP} {group}: only chunks have groups; give --chunks 2 or more")
-        return
-    if not stages <= group <= args.micro_batches:
-        raise UserError(
-            f"{GROUP} {group}: has to be from {stages}, the number of stages, "
-            f"to {args.micro_batches}, that of --micro-batches"
-        )
-    if 0 < (left := args.micro_batches % group) < stages:
-        raise UserError(
-            f"--micro-batches {args.micro_batches}: in groups of {group} the last one has {left}, "
-            f"Megatron takes no fewer than stages ({stages}); change either number"
-        )
+    if most > 1:
+        given = f"--micro-batches {args.micro_batches}"
+        check_groups(args.group or stages, stages, args.micro_batches, given)
+    elif args.group:
+        raise UserError(f"{GROUP} {args.group}: only chunks have groups; give --chunks 2 or more")
 
 
 def check_mode(parser: argparse.ArgumentParser, args) -> None:
@@ -103,7 +93,8 @@ def check_mode(parser: argparse.ArgumentParser, args) -> None:
     for name in names:
         value = getattr(args, name)
         if value != parser.get_default(name):
-            shown = "" if value is True else f" {value}"
+            words = value if isinstance(value, list) else [value]
+            shown = "" if value is True else f" {' '.join(map(str, words))}"
             raise UserError(f"--{name.replace('_', '-')}{shown}: {remedy}")
     if args.estimate and args.chunks and len(args.chunks) > 1:
         shown = " ".join(map(str, args.chunks))
@@ -343,7 +334,7 @@ def main() -> None:
     args = parser.parse_args()
     check_mode(parser, args)
     args.chunks = args.chunks or ([2] if args.estimate else [2, 1, 4])
-    check_groups(args)
+    check_chunks(args)
     if args.estimate:
         estimate(args)
     elif args.out is None:

@@ -19,7 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool  # noqa: E402
+from megatron_mhc.command_line import (  # noqa: E402
+    at_least,
+    check_data,
+    check_folder,
+    check_gpu,
+    run_tool,
+)
 from megatron_mhc.errors import UserError  # noqa: E402
 from megatron_mhc.kernels import BACKENDS  # noqa: E402
 from megatron_mhc.report.curves import read_run  # noqa: E402
@@ -177,12 +183,7 @@ def check(args) -> None:
         raise UserError(f"--steps {args.steps}: more than {WARM_UP} are needed for a step time")
     if args.hidden % 64:
         raise UserError(f"--hidden {args.hidden}: expected a multiple of 64, a head's channels")
-    for ending in ("train.bin", "train.idx", "valid.bin", "valid.idx"):
-        file = Path(f"{args.data}_{ending}")
-        if not file.is_file():
-            raise UserError(
-                f"--data {args.data}: there is no {file}; tools/prepare_data.py makes it"
-            )
+    check_data(args.data)
     check_folder(args.out, f"--out {args.out}")
     check_gpu()
 

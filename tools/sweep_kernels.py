@@ -5,6 +5,7 @@ python tools/sweep_kernels.py --channels 4096
 
 import argparse
 
+# It also puts the checkout on the path.
 from benchmark_kernels import kernel_times, make_inputs, make_steps
 from triton.runtime.errors import OutOfResources
 

@@ -148,3 +148,22 @@ def test_every_refused_flag_is_one_of_megatrons(parser):
 
 def test_refused_features_are_fine_without_mhc(parser):
     assert validate(parser, "--pipeline-model-parallel-size", "2", "--mtp-num-layers", "1") is None
+
+
+def test_help_can_be_printed(parser):
+    assert "--mhc-sinkhorn-iterations" in parser.format_help()
+
+
+def test_without_training_nothing_is_saved(parser):
+    bf16 = ("--mhc", "--bf16", "--save", "here")
+    with pytest.raises(UserError, match="--save here: does not work with --mhc yet"):
+        validate(parser, *bf16)
+    assert validate(parser, *bf16, "--skip-train") == MHCConfig()
+
+
+def test_a_checkpoint_that_is_not_on_a_disk_is_not_looked_at(parser):
+    from megatron_mhc.checkpoint_guard import check_checkpoint
+
+    args = parser.parse_args(["--mhc", "--load", "msc://bucket/run", "--ckpt-step", "5"])
+    (line,) = check_checkpoint(args)
+    assert line == "mHC: msc://bucket/run is not on a disk; its mHC settings are not checked"

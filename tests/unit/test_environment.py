@@ -84,8 +84,18 @@ def test_cpu_stand_in_says_so_once():
 def test_several_slurm_tasks_without_a_launcher_are_refused(monkeypatch):
     """Each would be a training of its own, on the same GPU and --save."""
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(environment.EnvironmentProblem, match="SLURM_NTASKS 8, .* torchrun"):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(environment.EnvironmentProblem, match="SLURM_STEP_NUM_TASKS 8, .* torchrun"):
         environment.set_single_process()
     assert "RANK" not in os.environ
+
+
+def test_a_process_of_a_slurm_batch_script_is_the_whole_job(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    environment.set_single_process()
+    assert os.environ["WORLD_SIZE"] == "1"

@@ -75,8 +75,16 @@ def test_a_run_without_a_note_tells_by_its_checkpoint(run, mixing):
 def test_a_file_is_no_folder(run):
     run.folder.write_text("")
     for folder in (run.folder, run.folder / "plain"):
-        with pytest.raises(UserError, match=f"--run {folder}: {run.folder} is a file; give a fold"):
+        with pytest.raises(UserError, match=f"--run {folder}: {run.folder} is a file, where"):
             replace(run, folder=folder).claim()
+
+
+@pytest.mark.parametrize("note", ["{", "[]", '{"steps": 5}'])
+def test_a_note_of_something_else_is_named(run, note):
+    run.folder.mkdir()
+    (run.folder / "run.json").write_text(note)
+    with pytest.raises(UserError, match=f"--run {run.folder}: run.json there is not this job's"):
+        run.claim()
 
 
 def test_data_that_is_not_there_claims_no_folder(run):

@@ -20,7 +20,7 @@ def check(tmp_path):
 
     def checked(**given):
         names = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
-        names += ("valid_data_path", "test_data_path", "mock_data")
+        names += ("valid_data_path", "test_data_path", "mock_data", "per_dataset_sequences_path")
         refuse_missing_data(SimpleNamespace(**{**dict.fromkeys(names), **given}))
 
     return checked
@@ -62,20 +62,29 @@ def test_a_file_of_prefixes_is_named(check, tmp_path):
         check(data_args_path=str(listed))
 
 
-@pytest.mark.parametrize("flag", ["--data-args-path", "--per-split-data-args-path"])
+@pytest.mark.parametrize(
+    "flag", ["--data-args-path", "--per-split-data-args-path", "--per-dataset-sequences-path"]
+)
 def test_a_file_of_prefixes_that_is_not_there_is_named(check, tmp_path, flag):
     listed = str(tmp_path / "none.json")
     with pytest.raises(UserError, match=f"{flag} {listed}: there is no such file"):
         check(**{flag[2:].replace("-", "_"): listed})
 
 
-@pytest.mark.parametrize("text", ["{", '{"train": ["a"]}'])
+@pytest.mark.parametrize("text", ["{", '{"train": ["a"]}', '["a"]', '{"train": 5}'])
 def test_a_file_of_other_contents_is_refused(check, tmp_path, text):
     listed = tmp_path / "split.json"
     listed.write_text(text)
     found = f"--per-split-data-args-path {listed}: expected JSON with train, valid and test"
     with pytest.raises(UserError, match=found):
         check(per_split_data_args_path=str(listed))
+
+
+def test_an_empty_file_of_prefixes_is_refused(check, tmp_path):
+    listed = tmp_path / "prefixes"
+    listed.touch()
+    with pytest.raises(UserError, match=f"^--data-args-path {listed}: expected prefixes"):
+        check(data_args_path=str(listed))
 
 
 def test_no_data_at_all_is_refused(check):
