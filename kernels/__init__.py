@@ -173,7 +173,7 @@ def mhc_post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor, *, backend: str =
         x: [..., n, C]. f: [..., C]. post: [..., n] and comb: [..., n, n], both float32.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or mappings of 16 bits.
     """
     check_merge(x, f, post, comb)
     if _choose(backend, (x, f, post, comb)) == "triton":
@@ -260,7 +260,7 @@ def mhc_replay(
         where there is no merge.
 
     Raises:
-        ValueError: shapes or numbers that do not belong together.
+        ValueError: shapes or numbers that do not belong together, or mappings of 16 bits.
     """
     check_replay(x, merges, pres)
     tensors = (x, *pres, *(tensor for merge in merges if merge is not None for tensor in merge))

@@ -19,7 +19,7 @@ _HAVE_TRITON = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
 
 
-# Bytes of shared memory a block that the gradient for eight streams takes (sm_90 and others).
+# Bytes of shared memory a block that the gradient for eight streams takes, the least on any GPU.
 EIGHT_STREAMS_MEMORY = 144 * 1024
 
 
@@ -83,8 +83,10 @@ def _triton_problem(
     # Triton's interpreter is for tests that ask for it by name: nobody wants it chosen for them.
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = tensors[0].device if tensors else device
+    if tensors:
+        device = tensors[0].device
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _device_problem(device) or _memory_problem(device, n or 0)
 
 

@@ -26,7 +26,7 @@ POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
 PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
 # Registers of a thread of the warps that aggregate, store shares, form pre, load, and form
 # mappings; the merging ones have as many with either. The shares of 28 blocks do not fit the fewer
-# (8192 x 7168: 411 us for 368, without a merge 320 for 260). With a merge, and 10 of them, those
+# (8192 x 7168: 408 us for 369, without a merge 322 for 260). With a merge, and 10 of them, those
 # are 2 % faster.
 REGISTERS, FEW_SHARES = (64, 48, 112, 40, 56), (64, 48, 80, 40, 56)
 # Blocks of a group that pay: at 512 channels (2 blocks) the two kernels that serve every GPU are

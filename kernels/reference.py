@@ -68,6 +68,8 @@ def rms_norm(x: Tensor, norm_eps: float) -> Tensor:
 
 def products(normed: Tensor, fn: Tensor) -> Tensor:
     """fn @ normed, of every token, in their own dtype: autocast would round both to bfloat16."""
+    if normed.is_meta:  # which autocast does not know
+        return normed @ fn.T
     with torch.autocast(normed.device.type, enabled=False):
         return normed @ fn.T
 

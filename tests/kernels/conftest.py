@@ -20,17 +20,20 @@ def forget_plans() -> None:
 @pytest.fixture
 def hopper_on_cpu(monkeypatch):
     """A function of a seed, of how many multiprocessors there are, and of what Launcher takes: sets
-    how the kernels in Gluon run from then on. Memory that nobody has written is NaN.
+    how the kernels in Gluon run from then on, and returns the Launcher. Memory that nobody has
+    written is NaN.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are small
     torch.use_deterministic_algorithms(True)
 
-    def run_so(seed: int, multiprocessors: int = 6, **options) -> None:
+    def run_so(seed: int, multiprocessors: int = 6, **options) -> Launcher:
         forget_plans()
+        launcher = Launcher(seed, **options)
         for module in (launch_post_pre_hopper, launch_backward):
-            monkeypatch.setattr(module, "Launch", Launcher(seed, **options))
+            monkeypatch.setattr(module, "Launch", launcher)
             monkeypatch.setattr(module, "multiprocessors", lambda device: multiprocessors)
+        return launcher
 
     yield run_so
     torch.use_deterministic_algorithms(False)

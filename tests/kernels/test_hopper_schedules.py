@@ -119,6 +119,9 @@ SINGLE_PASS = {
         STORE_U: GIVE_BACK + STORE_U,
         GIVE_BACK + "        k": "        k",
     },
+    "X' given back by one warp before others have read it": {
+        GIVE_BACK + "        k": "        arrive(empty.index(slot))\n        k"
+    },
     "X replaced while it is used": {
         "mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)\n        if k": "if k"
     },
@@ -151,11 +154,12 @@ QUEUE = {
 }
 
 
-@pytest.mark.parametrize("broken", QUEUE)
+@pytest.mark.parametrize("broken", [*QUEUE, None])
 def test_a_broken_queue_is_found(hopper_on_cpu, broken):
-    """Where one block forms the mappings of all tiles."""
+    """Where one block forms the mappings of all tiles; and one that is not broken is not."""
     run = partial(single_pass, channels=64)
-    assert is_found(hopper_on_cpu, run, 40, 1, QUEUE[broken])
+    seeds, changes = (40, QUEUE[broken]) if broken else (4, {})
+    assert is_found(hopper_on_cpu, run, seeds, 1, changes) is bool(broken)
 
 
 ALL = "            gl.thread_barrier()\n            #"

@@ -38,8 +38,8 @@ def test_operator_equals_float64(name, tokens, n, channels, dtype):
 @pytest.mark.parametrize("name", ["pre", "post_pre", "head", "post_head"])
 @pytest.mark.parametrize(("tokens", "channels"), [((3, 11), 72), ((1,), 8), ((37,), 264)])
 def test_on_hopper_it_equals_float64(hopper_on_cpu, monkeypatch, name, tokens, channels):
-    """The forward pass and the gradient of the streams by the kernels in Gluon."""
-    hopper_on_cpu(0, 7)
+    """The forward pass by the kernel in Gluon, and where it merges the gradient of the streams."""
+    launcher = hopper_on_cpu(0, 7)
     for module in (launch, launch_backward):
         monkeypatch.setattr(module, "serves_hopper", lambda x, f, n: True)
     monkeypatch.setattr(launch_post_pre_hopper, "pays", lambda *_: True)
@@ -49,6 +49,8 @@ def test_on_hopper_it_equals_float64(hopper_on_cpu, monkeypatch, name, tokens, c
     ours, theirs = errors(function, draw, draws=6)
     for error, reference in zip(ours, theirs):
         assert error < max(2e-5, 2 * reference)
+    assert "post_pre_hopper_kernel" in launcher.ran
+    assert ("streams_backward_hopper_kernel" in launcher.ran) is (name == "post_pre")
 
 
 @pytest.mark.parametrize("name", NAMES)

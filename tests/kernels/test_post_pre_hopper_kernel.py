@@ -83,7 +83,7 @@ NUMBERS = (20, 1e-6, 1e-6)
 
 
 def test_nan_stays_with_its_token(hopper_on_cpu):
-    """Also all bits set, by which a share is awaited."""
+    """Whatever its bits."""
     hopper_on_cpu(0)
     x, *merge, fn, scale, base = streams_inputs((40,), 4, 264, torch.bfloat16)
     mapping = (fn, scale, base)

@@ -210,3 +210,10 @@ def test_autocast_leaves_mappings_in_float32(mixing):
     for ours, theirs in zip(found, expected):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
+
+
+def test_meta_tensors_have_shapes():
+    x = torch.empty(5, 4, 16, dtype=torch.bfloat16, device="meta")
+    shapes = kernels.mapping_shapes("sinkhorn", 4, 16).values()
+    u, post, comb = kernels.mhc_pre(x, *(torch.empty(s, device="meta") for s in shapes))
+    assert [u.shape, post.shape, comb.shape] == [(5, 16), (5, 4), (5, 4, 4)]

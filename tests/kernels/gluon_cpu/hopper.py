@@ -51,6 +51,7 @@ def _expect(barrier: Tile, bytes: int, pred=True) -> None:
     """One arrival, by one thread."""
     warps = current()
     assert not warps.unbarriered, "no barrier between a store and its arrival"
+    assert not (warps.several and warps.loads), "no barrier between all warps' loads and an arrival"
     assert not warps.leaving, "no barrier between a wait for a product and an arrival"
     pause()
     if pred:

@@ -128,7 +128,10 @@ def thread_barrier() -> None:
 def warp_specialize(parts, worker_num_warps, worker_num_regs) -> None:
     machine: Machine = current().machine
     assert len(parts) == len(worker_num_warps) + 1 == len(worker_num_regs) + 1
-    workers = [machine.spawn(lambda part=part: part[0](*part[1])) for part in parts[1:]]
+    workers = [
+        machine.spawn(lambda part=part: part[0](*part[1]), count)
+        for part, count in zip(parts[1:], worker_num_warps)
+    ]
     function, arguments = parts[0]
     function(*arguments)
     wait(lambda: all(worker.dead for worker in workers))

@@ -25,16 +25,18 @@ class Job:
 class Warps(greenlet):
     """The warps of a block that run one function, as one task.
 
-    block: the block's number. stores, copies: jobs that it started, oldest first. products: such
-    jobs, and the tiles that they read. leaving: such tiles, waited for since the last barrier of
-    all threads. unbarriered: whether it wrote to shared memory since then. unfenced: tiles that it
-    wrote since its last fence. loads: since its last barrier. polled: when it last read an address
-    that it polls.
+    block: the block's number. several: whether it is more than one warp. stores, copies: jobs that
+    it started, oldest first. products: such jobs, and the tiles that they read. leaving: such
+    tiles, waited for since the last barrier of all threads. unbarriered: whether it wrote to shared
+    memory since then. unfenced: tiles that it wrote since its last fence. loads: since its last
+    barrier. polled: when it last read an address that it polls.
     """
 
-    def __init__(self, machine: "Machine", block: int, body: Callable[[], None]) -> None:
+    def __init__(
+        self, machine: "Machine", block: int, body: Callable[[], None], several: bool = True
+    ) -> None:
         super().__init__(body, machine.turns)
-        self.machine, self.block = machine, block
+        self.machine, self.block, self.several = machine, block, several
         self.ready: Callable[[], bool] = lambda: True
         self.speed = machine.random.choice((1.0, 1.0, 0.1, 0.01))
         self.stores: list[Job] = []
@@ -85,9 +87,9 @@ class Machine:
         self.jobs.append(job)
         return job
 
-    def spawn(self, body: Callable[[], None]) -> Warps:
-        """More warps of the current block."""
-        warps = Warps(self, getcurrent().block, body)
+    def spawn(self, body: Callable[[], None], count: int) -> Warps:
+        """``count`` more warps of the current block."""
+        warps = Warps(self, getcurrent().block, body, count > 1)
         self.warps.append(warps)
         return warps
 

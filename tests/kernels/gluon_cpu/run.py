@@ -70,12 +70,16 @@ class Launcher:
     Args:
         seed: of the schedule. resident: blocks that run at a time, by default all.
         changes: of the kernel's text, for a kernel that must be found to be wrong.
+
+    Attributes:
+        ran: the names of the kernels in Gluon that were launched.
     """
 
     def __init__(
         self, seed: int, resident: int | None = None, changes: dict[str, str] | None = None
     ) -> None:
         self._seed, self._resident, self._changes = seed, resident, changes
+        self.ran: list[str] = []
 
     def __call__(self, kernel, grid, numbers=(), tiles=(), **options) -> Callable:
         if not isinstance(kernel, GluonJITFunction):
@@ -83,6 +87,7 @@ class Launcher:
         program = Program(kernel, self._changes)
 
         def launch(*tensors: torch.Tensor) -> None:
+            self.ran.append(kernel.fn.__name__)
             described = [tile.of(tensor) for tile, tensor in zip(tiles, tensors)]
             plain = tensors[len(tiles) :]
             memory = Memory([*tensors[: len(tiles)], *plain])
