@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .aggregate_backward_kernel import aggregate_backward_kernel
-from .hopper import aligned, serves_hopper
+from .hopper import serves_hopper
 from .launch import (
     PLANS,
     POST_STREAMS_RESIDENT,
@@ -20,15 +20,13 @@ from .launch import (
     sizes,
     walk,
 )
+from .launch_backward_hopper import pre_backward_hopper, streams_backward_hopper
 from .launch_reduce import MappingParts, Shares, reduce
-from .run_kernel import Launch, Tiles
+from .run_kernel import Launch
 from .streams_backward_kernel import streams_backward_kernel
 
 # Tokens of a program that computes gradients of the mappings.
 MAPPING_BACKWARD_BLOCK = 16
-# Tiles of the Hopper kernel in the time that a block of channels takes to begin (8192 x 4096: even
-# pieces of 125 took 335 us, whole ones of 128 took 330).
-BEGIN = 5
 
 
 def backward(
@@ -63,9 +61,12 @@ def backward(
     fn = mapping[0] if mapping else None
     f = merge[0] if merge else None
     head = fn is not None and fn.shape[0] == n
-    whole = merge and mapping and dx_next is not None and tokens and not head
-    if whole and serves_hopper(x, f, n):
+    on_hopper = mapping and tokens and not head and serves_hopper(x, f, n)
+    if on_hopper and merge and dx_next is not None:
         dx, df, shares = streams_backward_hopper(x, f, fn, dx_next, du, numbers, planes)
+    elif on_hopper and not merge:
+        df = None
+        dx, shares = pre_backward_hopper(x, fn, du, numbers, planes)
     else:
         dx, df, shares = streams_backward(x, merge, fn, dx_next, du, numbers, planes)
     return dx, df, *reduce(shares, mapping_parts, merge, mapping, x, main_grads)
@@ -215,69 +216,3 @@ def streams_backward(
             x, f, post, comb, fn, dx_next, du, numbers, planes, dx, df, dposts, dcombs, dfns
         )
     return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.ranges, 1)
-
-
-@lru_cache
-def tiles_a_program(tiles: int, chunks: int, programs: int) -> int:
-    """How many of the ``tiles`` of each of ``chunks`` blocks of channels a Hopper program takes.
-
-    As many for each of ``programs``, across the ends of blocks; but pieces of one block each where
-    that takes no longer. To begin a block, with its slice of fn and a share of d fn, takes the time
-    of about BEGIN tiles.
-    """
-    even = cdiv(chunks * tiles, programs)
-    ranges, whole = pieces(tiles, chunks, programs)
-    waves = cdiv(chunks * ranges, programs)
-    return whole if waves * (whole + BEGIN) <= even + 2 * BEGIN else even
-
-
-class HopperPlan(NamedTuple):
-    """What all of streams_backward_hopper's calls of one shape share."""
-
-    launch: Launch
-    chunks: int
-    channels: int
-    tiles: int
-    work: int
-
-
-@lru_cache(PLANS)
-def hopper_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
-    """For at least one token."""
-    from . import streams_backward_hopper_kernel as hopper_kernel
-
-    block_t, block_c = hopper_kernel.BLOCK_T, hopper_kernel.BLOCK_C
-    chunks = cdiv(channels, block_c)
-    tiles = cdiv(tokens, block_t)
-    work = tiles_a_program(tiles, chunks, multiprocessors(device))
-    streams = Tiles((tokens, n, channels), (block_t, n, block_c), hopper_kernel.STREAMS_TILE)
-    plain = Tiles((tokens, channels), (block_t, block_c), hopper_kernel.TILE)
-    numbers = Tiles((tokens, 64), (block_t, 64), hopper_kernel.NUMBERS_TILE)
-    planes = Tiles((tokens, 64), (block_t, 64), hopper_kernel.TILE)
-    launch = Launch(
-        hopper_kernel.streams_backward_hopper_kernel,
-        (cdiv(chunks * tiles, work),),
-        (tokens, work),
-        (streams, plain, streams, plain, numbers, planes, streams, plain),
-        N=n,
-        C=channels,
-        T=block_t,
-        B=block_c,
-        num_warps=hopper_kernel.NUM_WARPS,
-    )
-    return HopperPlan(launch, chunks, block_c, tiles, work)
-
-
-def streams_backward_hopper(
-    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
-) -> tuple[Tensor, Tensor, Shares]:
-    """dx, df and the shares of (dpost, dcomb, dfn), by the Hopper kernel."""
-    tokens, n, channels = sizes(x)
-    plan = hopper_plan(tokens, n, channels, x.device)
-    dx, df = torch.empty_like(x), torch.empty_like(f)
-    dposts = fn.new_empty(plan.chunks, tokens, n)
-    dcombs = fn.new_empty(plan.chunks, tokens, n, n)
-    dfns = fn.new_empty(cdiv(plan.tiles - 1, plan.work) + 1, *fn.shape)
-    arriving = map(aligned, (x, f, dx_next, du))
-    plan.launch(*arriving, numbers, planes, dx, df, fn, dposts, dcombs, dfns)
-    return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.tiles, plan.work)

@@ -30,15 +30,22 @@ identity, and its compiled forms.
 
 
 class Tiles:
-    """A contiguous tensor of ``shape`` as what a bulk copy (Hopper) takes tiles of.
+    """A tensor of ``shape`` as what a bulk copy (Hopper) takes tiles of.
 
     Args:
         shape: of the tensor. block: of a tile. layout: of a tile in shared memory.
+        strides: of the tensor, in elements; it is contiguous if None.
     """
 
-    def __init__(self, shape: tuple[int, ...], block: tuple[int, ...], layout) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        block: tuple[int, ...],
+        layout,
+        strides: tuple[int, ...] | None = None,
+    ) -> None:
         self.shape, self.block, self.layout = list(shape), list(block), layout
-        self.strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+        self.strides = list(strides or [math.prod(shape[k + 1 :]) for k in range(len(shape))])
 
     def of(self, tensor: Tensor):
         """The descriptor that Triton's own launch takes; the address is a multiple of 16."""

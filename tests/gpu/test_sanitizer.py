@@ -49,7 +49,11 @@ def test_no_errors(tool, options):
 # In Gluon one thread arrives at a barrier for all warps that wrote or read. racecheck does not
 # follow that and reports each of their rings, so there it can find two writes only. What those
 # barriers must order, tests/kernels/test_hopper_schedules.py finds on a CPU.
-GLUON = ("post_pre_hopper_kernel", "streams_backward_hopper_kernel")
+GLUON = (
+    "post_pre_hopper_kernel",
+    "pre_backward_hopper_kernel",
+    "streams_backward_hopper_kernel",
+)
 
 
 def test_no_hazards_but_the_compilers():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from gluon_cpu import Launcher
 
-from megatron_mhc.kernels import launch_backward, launch_post_pre_hopper
+from megatron_mhc.kernels import launch_backward, launch_backward_hopper, launch_post_pre_hopper
 
 if torch.cuda.is_available():
     collect_ignore_glob = ["test_*_kernel.py", "test_ops.py"]
@@ -13,8 +13,9 @@ if torch.cuda.is_available():
 
 def forget_plans() -> None:
     launch_post_pre_hopper.plan_of.cache_clear()
-    launch_backward.hopper_plan.cache_clear()
-    launch_backward.tiles_a_program.cache_clear()
+    launch_backward_hopper.streams_plan.cache_clear()
+    launch_backward_hopper.pre_plan.cache_clear()
+    launch_backward_hopper.tiles_a_program.cache_clear()
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def hopper_on_cpu(monkeypatch):
     def run_so(seed: int, multiprocessors: int = 6, **options) -> Launcher:
         forget_plans()
         launcher = Launcher(seed, **options)
-        for module in (launch_post_pre_hopper, launch_backward):
+        for module in (launch_post_pre_hopper, launch_backward, launch_backward_hopper):
             monkeypatch.setattr(module, "Launch", launcher)
             monkeypatch.setattr(module, "multiprocessors", lambda device: multiprocessors)
         return launcher

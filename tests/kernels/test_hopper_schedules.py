@@ -9,7 +9,7 @@ import torch
 from gluon_cpu import Deadlock
 from kernel_checks import streams_inputs
 
-from megatron_mhc.kernels import launch_backward, launch_post_pre_hopper
+from megatron_mhc.kernels import launch_backward_hopper, launch_post_pre_hopper
 
 NUMBERS = (20, 1e-6, 1e-6)
 
@@ -36,9 +36,20 @@ def streams_gradient():
     numbers, planes = torch.randn(tokens, 64), torch.randn(tokens, 64).bfloat16()
     dx_next, du = torch.randn_like(x), torch.randn_like(f)
     arguments = x, f, fn, dx_next, du, numbers, planes
-    dx, df, shares = launch_backward.streams_backward_hopper(*arguments)
+    dx, df, shares = launch_backward_hopper.streams_backward_hopper(*arguments)
     # A block of channels that two programs share has one share more of dfn.
     return dx, df, shares.dpost, shares.dcomb, shares.dfn.nan_to_num(0.0)
+
+
+def pre_gradient():
+    """Three blocks of channels of five tiles."""
+    torch.manual_seed(1)
+    tokens = 300
+    x, f, _, _, fn, _, _ = streams_inputs((tokens,), 4, 136, torch.bfloat16)
+    numbers, planes = torch.randn(tokens, 64), torch.randn(tokens, 64).bfloat16()
+    du = torch.randn_like(f)
+    dx, shares = launch_backward_hopper.pre_backward_hopper(x, fn, du, numbers, planes)
+    return dx, shares.dfn.nan_to_num(0.0)
 
 
 @pytest.mark.parametrize("merges", [True, False])
@@ -65,14 +76,15 @@ def test_rings_of_any_depth(hopper_on_cpu, monkeypatch, rings):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("gradient", [streams_gradient, pre_gradient])
 @pytest.mark.parametrize("multiprocessors", [2, 3])
-def test_gradient_of_the_streams_has_the_same_bits(hopper_on_cpu, multiprocessors):
+def test_gradient_of_the_streams_has_the_same_bits(hopper_on_cpu, gradient, multiprocessors):
     """By two programs, each with a block of channels and a half, and by three."""
     hopper_on_cpu(0, multiprocessors)
-    expected = streams_gradient()
+    expected = gradient()
     for seed in range(1, 11):
         hopper_on_cpu(seed, multiprocessors)
-        for ours, theirs in zip(streams_gradient(), expected):
+        for ours, theirs in zip(gradient(), expected):
             assert torch.equal(ours, theirs)
 
 
@@ -201,3 +213,36 @@ GRADIENT = {
 @pytest.mark.parametrize("broken", GRADIENT)
 def test_a_broken_gradient_is_found(hopper_on_cpu, broken):
     assert is_found(hopper_on_cpu, streams_gradient, 40, 2, GRADIENT[broken])
+
+
+OUT = "            tma.store_wait(0)\n            gl.thread_barrier()\n"
+OWN = "            sums = warpgroup_mma_wait(0, deps=(running,))\n"
+PRE_GRADIENT = {
+    "tiles replaced while they are read": {
+        "        mbarrier.wait(empty.index(slot), ((step // 2) & 1) ^ 1)\n": ""
+    },
+    "tiles used before they are there": {
+        "mbarrier.wait(full.index(slot), (step // 2) & 1)": "pass"
+    },
+    "results replaced while they are copied out": {OUT: OUT[OUT.index("\n") + 1 :]},
+    "results copied out and tiles given back without a barrier": {OUT: ""},
+    "copy of dX without a fence": {
+        "            fence_async_shared()\n            #": "            #"
+    },
+    "fn without a fence": {
+        "        fence_async_shared()\n        gl.thread_barrier()\n\n": BARRIER + "\n",
+    },
+    "tiles given back beside other warps' products": {
+        OWN: "",
+        "            arrive(empty.index(slot))\n": OWN + "            arrive(empty.index(slot))\n",
+    },
+    "products used before they are there": {
+        "warpgroup_mma_wait(2, deps=(product,))": "warpgroup_mma_wait(3, deps=(product,))"
+    },
+    "ends before its copies": {"done = until\n    tma.store_wait(0)": "done = until"},
+}
+
+
+@pytest.mark.parametrize("broken", PRE_GRADIENT)
+def test_a_broken_gradient_of_pre_is_found(hopper_on_cpu, broken):
+    assert is_found(hopper_on_cpu, pre_gradient, 40, 2, PRE_GRADIENT[broken])

@@ -38,7 +38,7 @@ def test_operator_equals_float64(name, tokens, n, channels, dtype):
 @pytest.mark.parametrize("name", ["pre", "post_pre", "head", "post_head"])
 @pytest.mark.parametrize(("tokens", "channels"), [((3, 11), 72), ((1,), 8), ((37,), 264)])
 def test_on_hopper_it_equals_float64(hopper_on_cpu, monkeypatch, name, tokens, channels):
-    """The forward pass by the kernel in Gluon, and where it merges the gradient of the streams."""
+    """The forward pass by the kernel in Gluon, and unless it ends the streams their gradient."""
     launcher = hopper_on_cpu(0, 7)
     for module in (launch, launch_backward):
         monkeypatch.setattr(module, "serves_hopper", lambda x, f, n: True)
@@ -50,7 +50,9 @@ def test_on_hopper_it_equals_float64(hopper_on_cpu, monkeypatch, name, tokens, c
     for error, reference in zip(ours, theirs):
         assert error < max(2e-5, 2 * reference)
     assert "post_pre_hopper_kernel" in launcher.ran
-    assert ("streams_backward_hopper_kernel" in launcher.ran) is (name == "post_pre")
+    gradients = {"post_pre": "streams_backward_hopper_kernel", "pre": "pre_backward_hopper_kernel"}
+    for operator_name, kernel in gradients.items():
+        assert (kernel in launcher.ran) is (name == operator_name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from kernel_checks import relative_error, streams_inputs
 
-from megatron_mhc.kernels import launch_backward
+from megatron_mhc.kernels import launch_backward, launch_backward_hopper
 
 
 @pytest.mark.parametrize("arrives", [True, False])
@@ -49,10 +49,11 @@ def test_gradients_of_one_pass(dtype, arrives):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "chunks", "work"),
+    ("tiles", "chunks", "begin", "work"),
     # 8192 x 4096: 128 whole pieces, one wave. 8192 x 2560: 120 would leave 12 of 132 idle. 4096 x
     # 7168: whole pieces would be six waves.
-    [(256, 64, 128), (256, 40, 78), (128, 112, 109), (1, 4, 1), (4, 64, 2)],
+    [(256, 64, 5, 128), (256, 40, 5, 78), (128, 112, 5, 109), (1, 4, 5, 1), (4, 64, 5, 2)]
+    + [(128, 64, 3, 64), (128, 40, 3, 39), (64, 112, 3, 55)],
 )
-def test_hopper_programs_take_equal_work(tiles, chunks, work):
-    assert launch_backward.tiles_a_program(tiles, chunks, 132) == work
+def test_hopper_programs_take_equal_work(tiles, chunks, begin, work):
+    assert launch_backward_hopper.tiles_a_program(tiles, chunks, 132, begin) == work

@@ -83,6 +83,10 @@ def _box(descriptor, coordinates) -> tuple[tuple[slice, ...], tuple[slice, ...]]
     return tuple(outer), tuple(inner)
 
 
+def _tensor(descriptor) -> Tensor:
+    return descriptor.base.detach().as_strided(descriptor.shape, descriptor.strides)
+
+
 def _copy_in(descriptor, coordinates, barrier: Tile, result: Tile, pred=True) -> None:
     outer, inner = _box(descriptor, coordinates)
     found = _barrier(barrier)
@@ -90,7 +94,7 @@ def _copy_in(descriptor, coordinates, barrier: Tile, result: Tile, pred=True) ->
 
     def action() -> None:
         data = torch.zeros(descriptor.block_shape, dtype=descriptor.base.dtype)
-        data[inner] = descriptor.base.view(descriptor.shape)[outer]
+        data[inner] = _tensor(descriptor)[outer]
         result.shared.write(result.places, data)
         found.landed(data.nbytes)
 
@@ -105,7 +109,7 @@ def _copy_out(descriptor, coordinates, source: Tile) -> None:
 
     def action() -> None:
         data = source.shared.read(source.places)
-        descriptor.base.view(descriptor.shape)[outer] = data[inner]
+        _tensor(descriptor)[outer] = data[inner]
 
     warps = current()
     warps.copies.append(warps.machine.start(Job(action)))
