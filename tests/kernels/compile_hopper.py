@@ -1,6 +1,7 @@
-"""Compiles post_pre_hopper_kernel for sm_90 without a GPU; prints what ptxas says of each, in JSON:
+"""Compiles the kernels in Gluon for sm_90 without a GPU; prints what ptxas says of each, in JSON:
 
-TRITON_INTERPRET=0 python tests/kernels/compile_hopper.py "tokens, C, rows of fn, merge" ...
+TRITON_INTERPRET=0 python tests/kernels/compile_hopper.py "forward or backward, tokens, C, rows of
+fn, merge" ...
 """
 
 import json
@@ -35,7 +36,7 @@ class Hopper:
 
 driver.set_active(Hopper())
 
-from megatron_mhc.kernels import launch_post_pre_hopper as launch  # noqa: E402
+from megatron_mhc.kernels import launch_backward_hopper, launch_post_pre_hopper  # noqa: E402
 
 
 def figures(compiled) -> dict:
@@ -68,11 +69,22 @@ class CompileOnly:
         print(json.dumps(figures(compiled)))
 
 
-launch.Launch = CompileOnly
-launch.multiprocessors = lambda device: 132
+for module in (launch_post_pre_hopper, launch_backward_hopper):
+    module.Launch = CompileOnly
+    module.multiprocessors = lambda device: 132
 for case in sys.argv[1:]:
-    tokens, channels, count, merge = map(int, case.split(","))
+    direction, *numbers = case.split(",")
+    tokens, channels, count, merges = map(int, numbers)
     x = torch.empty(tokens, 4, channels, dtype=torch.bfloat16)
-    f, post, comb = x[:, 0].contiguous(), torch.empty(tokens, 4), torch.empty(tokens, 4, 4)
-    mapping = torch.empty(count, 4 * channels), torch.empty(3), torch.empty(count)
-    launch.post_pre_hopper(x, (f, post, comb) if merge else None, mapping, 20, 1e-6, 1e-6)
+    f = x[:, 0].contiguous()
+    fn = torch.empty(count, 4 * channels)
+    if direction == "forward":
+        merge = (f, torch.empty(tokens, 4), torch.empty(tokens, 4, 4)) if merges else None
+        mapping = fn, torch.empty(3), torch.empty(count)
+        launch_post_pre_hopper.post_pre_hopper(x, merge, mapping, 20, 1e-6, 1e-6)
+    else:
+        formed = torch.empty(tokens, 64), torch.empty(tokens, 64, dtype=torch.bfloat16)
+        if merges:
+            launch_backward_hopper.streams_backward_hopper(x, f, fn, x, f, *formed)
+        else:
+            launch_backward_hopper.pre_backward_hopper(x, fn, f, *formed)
