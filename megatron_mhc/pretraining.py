@@ -34,8 +34,24 @@ def refuse_unsupported_data(args) -> None:
             raise UserError(f"{flag}: this script trains on GPT data only; leave it out")
 
 
+def _stage_reads_data(args) -> bool:
+    """Whether this rank is of a pipeline stage that needs batches (:func:`_reads_data`); known
+    before there are process groups.
+    """
+    stages = args.pipeline_model_parallel_size
+    # Ranks in a row that are of one stage.
+    if args.use_tp_pp_dp_mapping:
+        together = args.tensor_model_parallel_size * args.context_parallel_size
+    else:
+        together = args.world_size // stages
+    ends = (0, stages - 1)
+    return args.create_attention_mask_in_dataloader or args.rank // together % stages in ends
+
+
 def refuse_missing_data(args) -> None:
-    """Raises UserError where there is no data, or a prefix of it lacks one of its two files."""
+    """Raises UserError where there is no data, or a prefix of it lacks one of its two files, which
+    a node that holds only inner pipeline stages need not have.
+    """
     if args.mock_data:
         return
     flags = ["--data-path", "--train-data-path", "--valid-data-path", "--test-data-path"]
@@ -62,6 +78,8 @@ def refuse_missing_data(args) -> None:
         raise UserError(
             "--data-path: not given; give a prefix that tools/prepare_data.py made, or --mock-data"
         )
+    if not _stage_reads_data(args):
+        return
     for source, blend in zip(flags, (whole, *(split or ()))):
         for prefix in map(str, blend[0] if blend else ()):
             for ending in (".bin", ".idx"):

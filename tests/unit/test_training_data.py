@@ -21,7 +21,10 @@ def check(tmp_path):
     def checked(**given):
         names = ("data_path", "data_args_path", "per_split_data_args_path", "train_data_path")
         names += ("valid_data_path", "test_data_path", "mock_data", "per_dataset_sequences_path")
-        refuse_missing_data(SimpleNamespace(**{**dict.fromkeys(names), **given}))
+        alone = {"rank": 0, "world_size": 1, "use_tp_pp_dp_mapping": False}
+        alone |= {f"{kind}_parallel_size": 1 for kind in ("pipeline_model", "tensor_model")}
+        alone |= {"context_parallel_size": 1, "create_attention_mask_in_dataloader": False}
+        refuse_missing_data(SimpleNamespace(**{**dict.fromkeys(names), **alone, **given}))
 
     return checked
 
@@ -85,6 +88,25 @@ def test_an_empty_file_of_prefixes_is_refused(check, tmp_path):
     listed.touch()
     with pytest.raises(UserError, match=f"^--data-args-path {listed}: expected prefixes"):
         check(data_args_path=str(listed))
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "given"),
+    [
+        # Sixteen ranks: four stages of four in a row; pairs of tensor parallelism of each in turn.
+        ([4, 11], [0, 3, 12, 15], {}),
+        ([2, 5, 10, 13], [0, 7, 8, 15], {"use_tp_pp_dp_mapping": True}),
+        ([], [0, 5, 15], {"create_attention_mask_in_dataloader": True}),
+    ],
+)
+def test_inner_stages_need_no_files(check, tmp_path, inner, outer, given):
+    parallel = {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2}
+    given = {"world_size": 16, "data_path": [str(tmp_path / "none")], **parallel, **given}
+    for rank in inner:
+        check(rank=rank, **given)
+    for rank in outer:
+        with pytest.raises(UserError, match="--data-path .*: there is no .*none.bin"):
+            check(rank=rank, **given)
 
 
 def test_no_data_at_all_is_refused(check):
