@@ -23,8 +23,6 @@ _said: set[str] = set()
 EIGHT_STREAMS_MEMORY = 144 * 1024
 
 
-# Constant to torch.compile: what a machine is does not belong into a graph.
-@torch.compiler.assume_constant_result
 @lru_cache
 def _device_problem(device: torch.device) -> str | None:
     """Why compiled Triton cannot run on ``device``, or None."""
@@ -40,7 +38,6 @@ def _device_problem(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 @lru_cache
 def _memory_problem(device: torch.device, n: int) -> str | None:
     """Why ``n`` streams are too many for the shared memory of ``device``, or None."""
@@ -50,6 +47,13 @@ def _memory_problem(device: torch.device, n: int) -> str | None:
     if memory >= EIGHT_STREAMS_MEMORY:
         return None
     return f"n={n} takes {EIGHT_STREAMS_MEMORY >> 10} KB of shared memory, there are {memory >> 10}"
+
+
+# Constant to torch.compile, which looks through caches (and warns): what a machine is does not belong
+# into a graph.
+@torch.compiler.assume_constant_result
+def _machine_problem(device: torch.device, n: int) -> str | None:
+    return _device_problem(device) or _memory_problem(device, n)
 
 
 @torch.compiler.assume_constant_result
@@ -87,7 +91,7 @@ def _triton_problem(
         device = tensors[0].device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _device_problem(device) or _memory_problem(device, n or 0)
+    return _machine_problem(device, n or 0)
 
 
 def check_backend(backend: str) -> None:

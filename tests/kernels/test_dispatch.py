@@ -75,8 +75,10 @@ def test_rocm_is_not_taken_for_cuda(monkeypatch):
 def test_dispatch_is_no_obstacle_to_torch_compile():
     """In a process of its own: the CPU stand-ins of other tests turn torch.compile off."""
     program = """
+import warnings
 import torch
 from megatron_mhc import kernels
+warnings.filterwarnings("error", message=".*lru_cache.*")
 x, h = torch.randn(3, 4, 8), torch.randn(3, 8)
 mapping = [torch.randn(*s) for s in kernels.mapping_shapes("sinkhorn", 4, 8).values()]
 compiled = torch.compile(lambda *a: kernels.mhc_pre(*a)[0], fullgraph=True, backend="eager")
