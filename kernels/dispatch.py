@@ -49,8 +49,8 @@ def _memory_problem(device: torch.device, n: int) -> str | None:
     return f"n={n} takes {EIGHT_STREAMS_MEMORY >> 10} KB of shared memory, there are {memory >> 10}"
 
 
-# Constant to torch.compile, which looks through caches (and warns): what a machine is does not belong
-# into a graph.
+# Constant to torch.compile, which looks through caches (and warns): what a machine is does not
+# belong into a graph.
 @torch.compiler.assume_constant_result
 def _machine_problem(device: torch.device, n: int) -> str | None:
     return _device_problem(device) or _memory_problem(device, n)
