@@ -53,6 +53,20 @@ def stack(values, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def places_of_fn(
+    channel, N: gl.constexpr, C: gl.constexpr, B: gl.constexpr, ROWS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Where the elements of a block's slice of fn (or d fn) [(2 + N) N, N * C] lie, as a tile
+    [(stream, channel of B), ROWS rows of fn], and which of them there are.
+    """
+    m = gl.arange(0, N * B, layout=gl.SliceLayout(1, LAYOUT))
+    k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
+    at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
+    return at, (channel + m % B < C)[:, None] & (k < (2 + N) * N)[None, :]
+
+
+@gluon.jit
 def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT barriers of ARRIVALS arrivals each. What shares an allocation the compiler keeps in
     order, so every ring has its own.

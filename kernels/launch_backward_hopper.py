@@ -45,7 +45,13 @@ class HopperPlan(NamedTuple):
 
 
 def _plan(
-    module, kernel, described: tuple[Tiles, ...], tokens: int, n: int, channels: int, device
+    module,
+    kernel,
+    described: tuple[Tiles, ...],
+    tokens: int,
+    n: int,
+    channels: int,
+    device: torch.device,
 ) -> HopperPlan:
     """Of a kernel with the block sizes of its module."""
     block_t, block_c = module.BLOCK_T, module.BLOCK_C
@@ -66,7 +72,7 @@ def _plan(
 
 
 @lru_cache(PLANS)
-def streams_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
+def hopper_streams_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
     """Of streams_backward_hopper, for at least one token."""
     from . import streams_backward_hopper_kernel as module
 
@@ -85,7 +91,7 @@ def streams_backward_hopper(
 ) -> tuple[Tensor, Tensor, Shares]:
     """dx, df and the shares of (dpost, dcomb, dfn), with a merge."""
     tokens, n, channels = sizes(x)
-    plan = streams_plan(tokens, n, channels, x.device)
+    plan = hopper_streams_plan(tokens, n, channels, x.device)
     dx, df = torch.empty_like(x), torch.empty_like(f)
     dposts = fn.new_empty(plan.chunks, tokens, n)
     dcombs = fn.new_empty(plan.chunks, tokens, n, n)
@@ -96,7 +102,7 @@ def streams_backward_hopper(
 
 
 @lru_cache(PLANS)
-def pre_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
+def hopper_pre_plan(tokens: int, n: int, channels: int, device: torch.device) -> HopperPlan:
     """Of pre_backward_hopper, for at least one token."""
     from . import pre_backward_hopper_kernel as module
 
@@ -117,7 +123,7 @@ def pre_backward_hopper(
 ) -> tuple[Tensor, Shares]:
     """dx and the shares of dfn, without a merge."""
     tokens, n, channels = sizes(x)
-    plan = pre_plan(tokens, n, channels, x.device)
+    plan = hopper_pre_plan(tokens, n, channels, x.device)
     dx, dfns = torch.empty_like(x), plan.new_dfns(fn)
     plan.launch(aligned(x), aligned(du), numbers, numbers, planes, dx, fn, dfns)
     return dx, Shares(None, None, dfns, plan.channels, plan.tiles, plan.work)

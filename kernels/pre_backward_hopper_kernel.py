@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import arrive, columns, make_barriers
+from .hopper_parts import arrive, columns, make_barriers, places_of_fn
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 64, 64, 8
 TILE = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -93,10 +93,7 @@ def sum_tiles(
         # The block's slice of fn, the second operand of dz @ fn: rows (stream, channel), columns k.
         # No warp is still at the products of the block of channels before: each ends behind a
         # barrier.
-        m = gl.arange(0, N * B, layout=gl.SliceLayout(1, weight_load))
-        k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, weight_load))
-        at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
-        inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+        at, inside = places_of_fn(channel, N, C, B, ROWS, weight_load)
         weight.store(gl.load(fn_ptr + at, mask=inside, other=0.0))
         sums = gl.zeros((N * B, ROWS), gl.float32, layout=bf16)
         fence_async_shared()
@@ -139,10 +136,7 @@ def sum_tiles(
             arrive(empty.index(slot))
             tma.async_copy_shared_to_global(dx_out, [0, before + step * T, channel], dx_tile)
 
-        m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))
-        k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, bf16))
-        at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
-        inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+        at, inside = places_of_fn(channel, N, C, B, ROWS, bf16)
         piece = (begin + done) // work - chunk * tiles // work
         gl.store(dfn_ptr + piece.to(gl.int64) * (COUNT * N * C) + at, sums, mask=inside)
         done = until

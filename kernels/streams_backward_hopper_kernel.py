@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import arrive, columns, make_barriers, separate, stack
+from .hopper_parts import arrive, columns, make_barriers, places_of_fn, separate, stack
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 32, 64, 8
 TILE = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -146,10 +146,7 @@ def sum_tiles(
         # No warp is still at the products of the block of channels before.
         gl.thread_barrier()
         # The block's slice of fn, the first operand of dz @ fn: rows (stream, channel), columns k.
-        m = gl.arange(0, N * B, layout=gl.SliceLayout(1, weight_load))
-        k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, weight_load))
-        at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
-        inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+        at, inside = places_of_fn(channel, N, C, B, ROWS, weight_load)
         weight.store(gl.load(fn_ptr + at, mask=inside, other=0.0))
         sums = gl.zeros((N * B, ROWS), gl.float32, layout=bf16)
         zero = gl.zeros((N * B, T), gl.float32, layout=tf32)
@@ -263,10 +260,7 @@ def sum_tiles(
                 gl.store(share_at, shares[j], mask=mine, eviction_policy="evict_last")
             product = warpgroup_mma_wait(0, deps=(product,))
 
-        m = gl.arange(0, N * B, layout=gl.SliceLayout(1, bf16))
-        k = gl.arange(0, ROWS, layout=gl.SliceLayout(0, bf16))
-        at = (m // B * C + channel + m % B)[:, None] + k[None, :] * (N * C)
-        inside = (channel + m % B < C)[:, None] & (k < COUNT)[None, :]
+        at, inside = places_of_fn(channel, N, C, B, ROWS, bf16)
         piece = (begin + done) // work - chunk * tiles // work
         gl.store(dfn_ptr + piece.to(gl.int64) * (COUNT * N * C) + at, sums, mask=inside)
         done = until

@@ -13,8 +13,8 @@ if torch.cuda.is_available():
 
 def forget_plans() -> None:
     launch_post_pre_hopper.plan_of.cache_clear()
-    launch_backward_hopper.streams_plan.cache_clear()
-    launch_backward_hopper.pre_plan.cache_clear()
+    launch_backward_hopper.hopper_streams_plan.cache_clear()
+    launch_backward_hopper.hopper_pre_plan.cache_clear()
     launch_backward_hopper.tiles_a_program.cache_clear()
 
 

@@ -175,7 +175,7 @@ def test_a_broken_queue_is_found(hopper_on_cpu, broken):
 
 
 ALL = "            gl.thread_barrier()\n            #"
-END = "            product = warpgroup_mma_wait(0, deps=(product,))\n\n        m"
+END = "            product = warpgroup_mma_wait(0, deps=(product,))\n\n        at"
 GRADIENT = {
     "tiles replaced while they are read": {
         "        mbarrier.wait(empty.index(slot), ((step // 2) & 1) ^ 1)\n": ""
