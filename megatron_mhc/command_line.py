@@ -32,6 +32,13 @@ def above_zero(text: str) -> float:
     return value
 
 
+def as_given(flag: str, value) -> str:
+    """A flag with its value, as on a command line: a switch alone, a list's values in a row."""
+    if isinstance(value, bool):
+        return flag
+    return " ".join(map(str, [flag, *(value if isinstance(value, list) else [value])]))
+
+
 def check_folder(folder: Path, given: str) -> None:
     """That files can be written into ``folder`` once it is made; makes nothing.
 

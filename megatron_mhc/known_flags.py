@@ -5,6 +5,8 @@ So that a new flag of Megatron's is never passed over in silence.
 
 import argparse
 
+from .command_line import as_given
+
 # Groups of Megatron's parser without a flag that changes what layers keep.
 GROUPS_WITHOUT_EFFECT = {
     "regularization",
@@ -101,7 +103,5 @@ def unknown_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             value = getattr(args, action.dest, None)
             known = group.title in GROUPS_WITHOUT_EFFECT or KNOWN & {*action.option_strings}
             if not known and value != getattr(defaults, action.dest, None):
-                words = value if isinstance(value, list) else [value]
-                shown = "" if isinstance(value, bool) else f" {' '.join(map(str, words))}"
-                found.append(f"{action.option_strings[0]}{shown}")
+                found.append(as_given(action.option_strings[0], value))
     return found

@@ -41,7 +41,13 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from megatron_mhc.command_line import above_zero, at_least, check_folder, run_tool  # noqa: E402
+from megatron_mhc.command_line import (  # noqa: E402
+    above_zero,
+    as_given,
+    at_least,
+    check_folder,
+    run_tool,
+)
 from megatron_mhc.errors import UserError  # noqa: E402
 from megatron_mhc.micro_batch_groups import GROUP, check_groups  # noqa: E402
 from megatron_mhc.report.console import table_console  # noqa: E402
@@ -93,12 +99,10 @@ def check_mode(parser: argparse.ArgumentParser, args) -> None:
     for name in names:
         value = getattr(args, name)
         if value != parser.get_default(name):
-            words = value if isinstance(value, list) else [value]
-            shown = "" if value is True else f" {' '.join(map(str, words))}"
-            raise UserError(f"--{name.replace('_', '-')}{shown}: {remedy}")
+            raise UserError(f"{as_given('--' + name.replace('_', '-'), value)}: {remedy}")
     if args.estimate and args.chunks and len(args.chunks) > 1:
-        shown = " ".join(map(str, args.chunks))
-        raise UserError(f"--chunks {shown}: --estimate is of one pipeline; give one number")
+        given = as_given("--chunks", args.chunks)
+        raise UserError(f"{given}: --estimate is of one pipeline; give one number")
 
 
 def estimate(args) -> None:
