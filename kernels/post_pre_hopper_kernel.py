@@ -260,13 +260,14 @@ def post_pre_hopper_kernel(
     full = make_barriers(RX, 1)
     # X' is given back by the warps that merge, when its copy has read it, and those that aggregate.
     empty = make_barriers(RX, 2 if MERGE else 1)
-    f_empty = make_barriers(RF, 1)
     sums_full = make_barriers(RS, 1)
     sums_empty = make_barriers(RS, 1)
     published = make_barriers(RX, 1)
     pre_full = make_barriers(RX, 1)
-    queue_full = make_barriers(2, 1)
-    queue_empty = make_barriers(2, 1)
+    # None that nobody uses: see make_barriers.
+    f_empty = make_barriers(RF, 1) if MERGE else empty
+    queue_full = make_barriers(2, 1) if COUNT > N else pre_full
+    queue_empty = make_barriers(2, 1) if COUNT > N else pre_full
     fence_async_shared()
     gl.thread_barrier()
 

@@ -39,6 +39,14 @@ driver.set_active(Hopper())
 from megatron_mhc.kernels import launch_backward_hopper, launch_post_pre_hopper  # noqa: E402
 
 
+def idle_barriers(ttgir: str) -> int:
+    """Barriers that no partition uses."""
+    barriers = re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<\w+xi64,", ttgir)
+    used = re.findall(r"%\w+", re.search(r"ttg\.warp_specialize\((.*?)\)", ttgir)[1])
+    assert barriers
+    return len(set(barriers) - set(used))
+
+
 def figures(compiled) -> dict:
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
@@ -51,6 +59,7 @@ def figures(compiled) -> dict:
         "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
+        "idle_barriers": idle_barriers(compiled.asm["ttgir"]),
     }
 
 
