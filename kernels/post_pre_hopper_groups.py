@@ -20,7 +20,7 @@ UNSET = gl.constexpr(-1)
 # int32 words, a line of L2 each: tickets taken, chunks of tiles drawn after every group's first.
 # From MAIL on the groups' mail, where these chunks are announced.
 TICKET, DRAWN, MAIL = gl.constexpr(0), gl.constexpr(32), gl.constexpr(64)
-COUNTED = gl.constexpr(4)  # tiles whose shares a block counts at once
+COUNTED = gl.constexpr(8)  # tiles whose shares a block counts at once
 TILE_NUMBERS = gl.constexpr(32)  # a block's tiles in work, at least RX + COUNTED
 
 LINE = gl.constexpr(128)  # bytes of L2
@@ -35,6 +35,12 @@ setp.ge.s32 reached, $0, $2;
 }""")
 PUBLISH = gl.constexpr("st.release.gpu.global.u32 [$1], $2; mov.u32 $0, $2;")
 PREFETCH = gl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
+PREFETCH_PART = gl.constexpr("""{
+.reg .pred one;
+elect.sync _|one, 0xffffffff;
+@one cp.async.bulk.prefetch.L2.global [$1], $2;
+mov.u32 $0, 0;
+}""")
 FENCE = gl.constexpr("fence.acq_rel.gpu; mov.u32 $0, $1;")
 PUT = gl.constexpr("st.relaxed.gpu.global.f32 [$1], $2; mov.u32 $0, 0;")
 
@@ -109,6 +115,22 @@ def ask_for_share(pointer, BYTES: gl.constexpr, num_warps: gl.constexpr):
     lane = gl.arange(0, STEP, layout=layout)
     for line in range(gl.program_id(0) * STEP, BYTES // LINE, gl.num_programs(0) * STEP):
         ask_for(pointer, (line + lane).to(gl.int64) * LINE, BYTES)
+
+
+@gluon.jit
+def ask_for_part(pointer, tile, end, rank, BYTES: gl.constexpr, G: gl.constexpr):
+    """Asks L2 for the block's part, in one piece, of a tile: ``BYTES`` of what has ``end`` bytes
+    from pointer on. By one warp.
+    """
+    PART: gl.constexpr = (BYTES + 16 * G - 1) // (16 * G) * 16
+    first = rank * PART
+    at = tile.to(gl.int64) * BYTES + first
+    size = gl.minimum(gl.minimum(PART, BYTES - first).to(gl.int64), end - at).to(gl.int32)
+    if size > 0:
+        gl.inline_asm_elementwise(
+            PREFETCH_PART, "=r,l,r", [pointer.to(gl.int64) + at, size],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -26,6 +26,7 @@ from .post_pre_hopper_groups import (
     MAIL,
     TICKET,
     TILE_NUMBERS,
+    ask_for_part,
     ask_for_rows,
     ask_for_share,
     count_tiles,
@@ -49,13 +50,16 @@ COMB_TILE = gl.NVMMASharedLayout(64, 32, rank=2)
 
 @gluon.jit
 def load_tiles(
-    sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles, length, long_ones,
-    group, rank,
-    N: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr, RF: gl.constexpr,
-    G: gl.constexpr, MERGE: gl.constexpr,
+    sources, rings, full, empty, f_empty, numbers, x_ptr, f_ptr, state_ptr, mail_ptr, tokens, tiles,
+    length, long_ones, group, rank,
+    N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
+    RF: gl.constexpr, G: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: the group's first chunk of tiles, then others, which the group's last block
     draws one ahead.
+
+    While a tile is loaded the blocks ask L2 for the next one, each for a part of it in one piece:
+    memory reads whole rows of X together. What is asked for earlier, L2 does not always keep.
     """
     x, f, post, comb = sources
     xs, fs, posts, combs = rings
@@ -63,6 +67,7 @@ def load_tiles(
     groups = gl.num_programs(0) // G
     channel = rank * B
     drawing = rank == G - 1
+    end_of_f = tokens.to(gl.int64) * (2 * C)
     j = gl.to_tensor(0)
     k = gl.to_tensor(0)
     tile = first_tile(group, length, long_ones)
@@ -97,6 +102,10 @@ def load_tiles(
             number = receive(mail_ptr, j)
             tile = first_tile(number, length, long_ones)
             end = first_tile(number + 1, length, long_ones)
+        if tile < tiles:
+            ask_for_part(x_ptr, tile, end_of_f * N, rank, T * N * C * 2, G)
+            if MERGE:
+                ask_for_part(f_ptr, tile, end_of_f, rank, T * C * 2, G)
     slot = k % RX
     mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)
     write_tile(numbers, k % TILE_NUMBERS, tiles)
@@ -284,8 +293,9 @@ def post_pre_hopper_kernel(
         (form_pre, (pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
                     quick_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens, tiles, rank, eps,
                     norm_eps, N, C, T, RX, G, COUNT)),
-        (load_tiles, (sources, rings, full, empty, f_empty, numbers, state_ptr, mail_ptr, tiles,
-                      length, long_ones, group, rank, N, T, B, RX, RF, G, MERGE)),
+        (load_tiles, (sources, rings, full, empty, f_empty, numbers, x_ptr, f_ptr, state_ptr,
+                      mail_ptr, tokens, tiles, length, long_ones, group, rank, N, C, T, B, RX, RF,
+                      G, MERGE)),
         (form_mappings, (queue, queue_full, queue_empty, shares_ptr, ready_ptr, scale_ptr, base_ptr,
                          m_ptr, post_ptr, comb_ptr, tokens, tiles, eps, N, T, G, COUNT,
                          ITERATIONS)),

@@ -14,22 +14,28 @@ QUICK, ROWS = gl.constexpr(5), gl.constexpr(24)
 
 @gluon.jit
 def poll_shares(quick_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
-    """Sums of the group's quick shares [G, QUICK, T] in a fixed order, of the products for pre, and
-    of the squares for each of them, both [4, T]; and whether some are not there yet.
+    """Sums of the group's quick shares [G, QUICK, T] in a fixed order, of the products for pre
+    [4, T], and of the squares [T]; and whether some are not there yet.
+
+    Eight blocks' at a time, each number by one thread, all asked for before any is used.
     """
     PART: gl.constexpr = 128 // T
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [PART, T // 4], [1, 1], [1, 0])
+    two: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     part = gl.arange(0, PART, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
     part = part[:, None][:, :, None]
     row = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     row = row[None, :][:, :, None]
     t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     t = t[None, :][:, None, :]
-    product = gl.zeros((4, T), gl.float32, layout=gl.SliceLayout(0, LAYOUT))
-    square = product
-    largest = gl.zeros((PART, 4, T), gl.uint32, layout=LAYOUT)
-    at = quick_ptr + part * (QUICK * T) + t
-    product_at = at + row * T
-    square_at = at + 4 * T + 0 * row
+    flat_part = gl.arange(0, PART, layout=gl.SliceLayout(1, flat))[:, None]
+    flat_t = gl.arange(0, T, layout=gl.SliceLayout(0, flat))[None, :]
+    product = gl.zeros((PART, 4, T), gl.float32, layout=LAYOUT)
+    square = gl.zeros((PART, T), gl.float32, layout=flat)
+    largest_product = gl.zeros((PART, 4, T), gl.uint32, layout=LAYOUT)
+    largest_square = gl.zeros((PART, T), gl.uint32, layout=flat)
+    product_at = quick_ptr + part * (QUICK * T) + row * T + t
+    square_at = quick_ptr + flat_part * (QUICK * T) + 4 * T + flat_t
     for first in gl.static_range(0, G, PART):
         step = first * (QUICK * T)
         if first + PART <= G:
@@ -37,13 +43,19 @@ def poll_shares(quick_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexp
             squares = gl.load(square_at + step, volatile=True)
         else:
             inside = first + part + 0 * row + 0 * t < G
+            flat_inside = first + flat_part + 0 * flat_t < G
             products = gl.load(product_at + step, mask=inside, other=0.0, volatile=True)
-            squares = gl.load(square_at + step, mask=inside, other=0.0, volatile=True)
-        largest = gl.maximum(largest, products.to(gl.uint32, bitcast=True))
-        largest = gl.maximum(largest, squares.to(gl.uint32, bitcast=True))
-        product += gl.sum(products, 0)
-        square += gl.sum(squares, 0)
-    return product, square, gl.max(gl.max(gl.max(largest, 0), 0), 0) == 0xFFFFFFFF  # UNSET
+            squares = gl.load(square_at + step, mask=flat_inside, other=0.0, volatile=True)
+        largest_product = gl.maximum(largest_product, products.to(gl.uint32, bitcast=True))
+        largest_square = gl.maximum(largest_square, squares.to(gl.uint32, bitcast=True))
+        product += products
+        square += squares
+    largest = gl.maximum(
+        gl.max(gl.reshape(largest_product, (PART * 4 * T,)), 0),
+        gl.max(gl.reshape(largest_square, (PART * T,)), 0),
+    )
+    squares = gl.convert_layout(gl.sum(square, 0), gl.SliceLayout(0, two), assert_trivial=True)
+    return gl.sum(product, 0), squares, largest == 0xFFFFFFFF  # UNSET
 
 
 @gluon.jit
@@ -76,12 +88,12 @@ def form_pre(
         slot = k % RX
         tile_ptr = quick_ptr + tile.to(gl.int64) * (G * QUICK * T)
         product = gl.zeros((4, T), gl.float32, layout=two)
-        square = product
+        square = gl.zeros((T,), gl.float32, layout=gl.SliceLayout(0, two))
         missing = gl.to_tensor(True)
         while missing:
             product, square, missing = poll_shares(tile_ptr, T, G, layout)
         r = gl.rsqrt(square / (N * C) + norm_eps)
-        m = r * product
+        m = r[None, :] * product
         pre = 1 / (1 + gl.exp(-(m * scale + base[:, None]))) + eps
         pre_ring.index(slot).store(pre)
         gl.thread_barrier()
@@ -91,11 +103,10 @@ def form_pre(
             valid = (row < N)[:, None] & (rows < tokens)[None, :]
             gl.store(pre_ptr + rows[None, :] * N + row[:, None], pre, mask=valid)
             gl.store(m_ptr + rows[None, :] * COUNT + row[:, None], m, mask=valid)
-            token_r = gl.max(r, 0)
-            gl.store(r_ptr + rows, token_r, mask=rows < tokens)
+            gl.store(r_ptr + rows, r, mask=rows < tokens)
             if COUNT > N:
                 mbarrier.wait(queue_empty.index(queued % 2), ((queued // 2) & 1) ^ 1)
-                queue_r.index(queued % 2).store(token_r)
+                queue_r.index(queued % 2).store(r)
                 write_tile(queue_tile, queued % 2, tile)
                 gl.thread_barrier()
                 arrive(queue_full.index(queued % 2))

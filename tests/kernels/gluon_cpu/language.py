@@ -176,6 +176,15 @@ def _prefetch(asm, address) -> Value:
     return known(0)
 
 
+def _prefetch_part(asm, address, size) -> Value:
+    first, size = int(forced(address)), int(forced(size))
+    assert size > 0
+    assert first % 16 == size % 16 == 0
+    allocation = current().machine.memory.at(first)
+    assert first + size <= allocation.end, "out of bounds"
+    return known(0)
+
+
 def _pointer(address, dtype) -> Value:
     return Value(lambda: Pointers(forced(address), dtype))
 
@@ -195,6 +204,7 @@ INSTRUCTIONS = {
     ("ld.acquire.gpu.global.s32", "setp.ge.s32"): _wait_for,
     ("st.release.gpu.global.u32",): _publish,
     ("prefetch.global.L2",): _prefetch,
+    ("elect.sync", "@one"): _prefetch_part,
     ("fence.acq_rel.gpu",): _fence,
     ("st.relaxed.gpu.global.f32",): _put,
     ("shfl.sync.bfly.b32",): _exchange,
