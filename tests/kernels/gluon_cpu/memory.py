@@ -51,10 +51,14 @@ class Memory:
         return Value(lambda: data)
 
     def poll(self, pointer: Value, mask, other) -> Value:
-        """Read again and again: the second time only after somebody has written something."""
+        """Read again and again: the second time only after somebody has written something. Then
+        what the same warps poll beside it is read again, too.
+        """
         warps, first = current(), int(forced(pointer).addresses.flatten()[0])
-        seen = warps.polled.get(first)
-        wait(lambda: self.version != seen)
+        if first in warps.polled:
+            seen = warps.polled[first]
+            wait(lambda: self.version != seen)
+            warps.polled.clear()
         warps.polled[first] = self.version
         return self.load(pointer, mask, other, cached=False)
 
