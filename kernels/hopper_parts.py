@@ -72,8 +72,8 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     order, so every ring has its own.
 
     Some partition must use them. The memory of barriers that none does the compiler gives to what
-    partitions are told when they start; a multiprocessor that is given to another process meanwhile
-    writes back there what it holds of every barrier that was not invalidated.
+    partitions are told when they start, and where processes take turns on a GPU, a barrier that was
+    never invalidated comes back there.
     """
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for k in gl.static_range(COUNT):
