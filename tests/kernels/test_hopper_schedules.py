@@ -145,6 +145,9 @@ SINGLE_PASS = {
     "shares counted without a fence": {FENCE: ""},
     "mappings formed at once": {"wait_for(ready_ptr + tile, G + UNSET)": "pass"},
     "shares from this multiprocessor's cache": {', cache_modifier=".cg"': ""},
+    "more of a tile asked for than there is": {
+        "gl.minimum(gl.minimum(PART, BYTES - first).to(gl.int64), end - at)": "(end - end + PART)"
+    },
     "last tiles not counted": {
         "        count_tiles(ready_ptr, numbers, (k - 1) // COUNTED * COUNTED, k)": "        pass"
     },
