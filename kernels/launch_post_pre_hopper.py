@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .hopper import aligned
 from .launch import PLANS, cdiv, multiprocessors, sizes
-from .post_pre_hopper_groups import MAIL, UNSET
+from .launch_state import state_of
+from .post_pre_hopper_groups import MAIL
 from .post_pre_hopper_kernel import (
     COMB_TILE,
     NUM_WARPS,
@@ -17,18 +18,16 @@ from .post_pre_hopper_kernel import (
     TILE,
     post_pre_hopper_kernel,
 )
-from .post_pre_hopper_mappings import QUICK, ROWS
+from .post_pre_hopper_mappings import FIRST, QUICK
 from .run_kernel import Launch, Tiles
 
 BLOCK_C = 256
 # Tokens of a tile and depths of the rings, with a merge and without.
 POST_PRE = {"T": 16, "RX": 5, "RF": 3, "RS": 2}
 PRE = {"T": 16, "RX": 6, "RF": 1, "RS": 2}
-# Registers of a thread of the warps that aggregate, store shares, form pre, load, and form
-# mappings; the merging ones have as many with either. The shares of 28 blocks do not fit the fewer
-# (8192 x 7168: 408 us for 369, without a merge 322 for 260). With a merge, and 10 of them, those
-# are 2 % faster.
-REGISTERS, FEW_SHARES = (64, 48, 112, 40, 56), (64, 48, 80, 40, 56)
+# Registers of a thread of the warps that aggregate, store shares, form pre (28 blocks' shares need
+# them), load, and form mappings.
+REGISTERS = (64, 48, 112, 40, 56)
 # Blocks of a group that pay: at 512 channels (2 blocks) the two kernels that serve every GPU are
 # faster.
 GROUPS = range(5, 33)
@@ -49,12 +48,10 @@ def pays(channels: int, device: torch.device) -> bool:
 
 
 class Plan(NamedTuple):
-    """What all calls of one shape share; ``words`` are those of one launch's state."""
+    """What all calls of one shape share. state: their shape, and words of memory, see state_of."""
 
     launch: Launch
-    tiles: int
-    size: int
-    block_t: int
+    state: tuple[int, ...]
     words: int
 
 
@@ -97,11 +94,12 @@ def plan_of(
         COUNT=count,
         ITERATIONS=iterations,
         MERGE=merges,
-        REGISTERS=FEW_SHARES if merges and size <= 16 else REGISTERS,
+        REGISTERS=REGISTERS,
         num_warps=NUM_WARPS,
     )
-    words = tiles * size * QUICK.value * block_t + MAIL.value + groups * mails + tiles
-    return Plan(launch, tiles, size, block_t, words)
+    rows = QUICK.value + cdiv(count, 8) * 8 - FIRST.value
+    words = tiles * size * rows * block_t + MAIL.value + 2 * groups * mails
+    return Plan(launch, (tiles, size, rows), words)
 
 
 def post_pre_hopper(
@@ -122,15 +120,13 @@ def post_pre_hopper(
     u = x.new_empty(*lead, channels)
     pre, m, r = fn.new_empty(*lead, n), fn.new_empty(*lead, count), fn.new_empty(lead)
     post_next, comb_next = fn.new_empty(*kept, n), fn.new_empty(*kept, n, n)
-    shares = fn.new_empty(plan.tiles, plan.size, ROWS.value, plan.block_t)
-    # Of this launch alone: launches on several streams run at once.
-    state = fn.new_full((plan.words,), UNSET.value, dtype=torch.int32)
+    state = state_of(plan.state, plan.words, x.device)
     x = aligned(x)
     x_next, sources = None, (x,) * 5
     if merge:
         x_next = torch.empty_like(x)
         sources = (x, *map(aligned, merge), x_next)
     outputs = (u, pre, m, r, post_next, comb_next)
-    plan.launch(*sources, *sources[:2], fn, scale, base, *outputs, shares, state)
+    plan.launch(*sources, *sources[:2], fn, scale, base, *outputs, state)
     outputs = (u, post_next, comb_next, pre, m, r)
     return (x_next, *outputs) if merge else outputs

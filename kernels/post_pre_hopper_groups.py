@@ -14,14 +14,13 @@ stopped the GPU in a debugger for longer than we foresaw.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# What a launch finds in every word of its state: a count of none, mail that is not there, and as
-# float32 a NaN that no arithmetic makes.
-UNSET = gl.constexpr(-1)
-# int32 words, a line of L2 each: tickets taken, chunks of tiles drawn after every group's first.
-# From MAIL on the groups' mail, where these chunks are announced.
-TICKET, DRAWN, MAIL = gl.constexpr(0), gl.constexpr(32), gl.constexpr(64)
-COUNTED = gl.constexpr(8)  # tiles whose shares a block counts at once
-TILE_NUMBERS = gl.constexpr(32)  # a block's tiles in work, at least RX + COUNTED
+# Launches in the same memory have marks 1 and 0 in turn. int32 words there, a line of L2 each:
+# tickets taken, and from bit MARKED on 1 less the mark; chunks of tiles drawn after every group's
+# first, with mark 0 and with 1. From MAIL on the mail of all groups, where these chunks are
+# announced, likewise.
+TICKET, DRAWN, MAIL = gl.constexpr(0), gl.constexpr(32), gl.constexpr(96)
+MARKED = gl.constexpr(30)
+TILE_NUMBERS = gl.constexpr(8)  # a block's tiles in work, at least RX + 1
 
 LINE = gl.constexpr(128)  # bytes of L2
 
@@ -41,14 +40,35 @@ elect.sync _|one, 0xffffffff;
 @one cp.async.bulk.prefetch.L2.global [$1], $2;
 mov.u32 $0, 0;
 }""")
-FENCE = gl.constexpr("fence.acq_rel.gpu; mov.u32 $0, $1;")
-PUT = gl.constexpr("st.relaxed.gpu.global.f32 [$1], $2; mov.u32 $0, 0;")
+# Two neighbours at once. What all blocks of a group poll stays in L2 until they have.
+PUT = gl.constexpr("st.relaxed.gpu.global.v2.u32 [$2], {$4, $5}; mov.u32 $0, 0; mov.u32 $1, 0;")
+PUT_FOR_ALL = gl.constexpr("""{
+.reg .b64 policy;
+createpolicy.fractional.L2::evict_last.b64 policy, 1.0;
+st.relaxed.gpu.global.L2::cache_hint.v2.u32 [$2], {$4, $5}, policy;
+mov.u32 $0, 0;
+mov.u32 $1, 0;
+}""")
 
 
 @gluon.jit
 def count_up(pointer):
     """One more; how many there were."""
-    return gl.atomic_add(pointer, 1, sem="relaxed", scope="gpu") - UNSET
+    return gl.atomic_add(pointer, 1, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def take_ticket(counts_ptr):
+    """The block's number, in the order in which blocks start, and the launch's mark. The last one
+    readies the counts for the next launch, which has the other mark.
+    """
+    word = count_up(counts_ptr + TICKET)
+    mark = 1 - (word >> MARKED)
+    ticket = word & ((1 << MARKED) - 1)
+    if ticket == gl.num_programs(0) - 1:
+        gl.store(counts_ptr + TICKET, mark << MARKED)
+        gl.store(counts_ptr + DRAWN + (1 - mark) * LINE // 4, 0)
+    return ticket, mark
 
 
 @gluon.jit
@@ -63,11 +83,11 @@ def wait_for(pointer, least):
 
 
 @gluon.jit
-def draw(state_ptr, mail_ptr, j, groups):
+def draw(counts_ptr, mail_ptr, mark, j, groups):
     """Draws the next chunk of tiles as the group's chunk j, and tells the group; its number."""
-    chunk = groups + count_up(state_ptr + DRAWN)
+    chunk = groups + count_up(counts_ptr + DRAWN + mark * LINE // 4)
     gl.inline_asm_elementwise(
-        PUBLISH, "=r,l,r,~{memory}", [(mail_ptr + j).to(gl.int64), chunk],
+        PUBLISH, "=r,l,r,~{memory}", [(mail_ptr + j).to(gl.int64), chunk + 1],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     return chunk
@@ -75,8 +95,16 @@ def draw(state_ptr, mail_ptr, j, groups):
 
 @gluon.jit
 def receive(mail_ptr, j):
-    """Number of the group's chunk j."""
-    return wait_for(mail_ptr + j, 0)
+    """Number of the group's chunk j. Mail that is not there is 0."""
+    return wait_for(mail_ptr + j, 1) - 1
+
+
+@gluon.jit
+def empty_mail(mail_ptr, mails, rank, G: gl.constexpr):
+    """For the next launch, this block's part. By one warp."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    for first in range(rank * 32, mails, G * 32):
+        gl.store(mail_ptr + first + lane, 0 * lane, mask=first + lane < mails)
 
 
 @gluon.jit
@@ -134,24 +162,15 @@ def ask_for_part(pointer, tile, end, rank, BYTES: gl.constexpr, G: gl.constexpr)
 
 
 @gluon.jit
-def count_tiles(ready_ptr, numbers, first, end):
-    """One to the counts of the block's tiles ``first`` to ``end``, whose shares this warp stored.
-    The fence waits for the stores: under load, as long as a tile takes.
+def put(pointer, value, mark, INSTRUCTION: gl.constexpr):
+    """Stores float32 values, of which a thread has pairs of neighbours, for polls of other blocks,
+    in place of their last bits the launch's mark. The launch before it left the other mark there:
+    word ^ mark is the value, or odd if it has not been stored yet.
     """
+    word = (value.to(gl.int32, bitcast=True) & -2) | mark
     gl.inline_asm_elementwise(
-        FENCE, "=r,r,~{memory}", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-    for k in range(gl.maximum(first, 0), end):
-        count_up(ready_ptr + read_tile(numbers, k % TILE_NUMBERS, 1))
-
-
-@gluon.jit
-def put(pointer, value):
-    """Stores float32 values for polls of other blocks: any NaN as one that is not UNSET."""
-    value = gl.where(value == value, value, float("nan"))
-    gl.inline_asm_elementwise(
-        PUT, "=r,l,f,~{memory}", [pointer.to(gl.int64), value],
-        dtype=gl.int32, is_pure=False, pack=1,
+        INSTRUCTION, "=r,=r,l,l,r,r,~{memory}", [pointer.to(gl.int64), word],
+        dtype=gl.int32, is_pure=False, pack=2,
     )  # fmt: skip
 
 

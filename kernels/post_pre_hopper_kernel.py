@@ -22,23 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .hopper_parts import arrive, columns, make_barriers, separate
 from .post_pre_hopper_groups import (
-    COUNTED,
     MAIL,
-    TICKET,
+    PUT,
+    PUT_FOR_ALL,
     TILE_NUMBERS,
     ask_for_part,
     ask_for_rows,
     ask_for_share,
-    count_tiles,
-    count_up,
     draw,
     first_tile,
     put,
     read_tile,
     receive,
+    take_ticket,
     write_tile,
 )
-from .post_pre_hopper_mappings import QUICK, ROWS, form_mappings, form_pre
+from .post_pre_hopper_mappings import FIRST, QUICK, form_mappings, form_pre
 from .post_pre_hopper_merge import merge_tiles
 
 NUM_WARPS = 8
@@ -50,8 +49,8 @@ COMB_TILE = gl.NVMMASharedLayout(64, 32, rank=2)
 
 @gluon.jit
 def load_tiles(
-    sources, rings, full, empty, f_empty, numbers, x_ptr, f_ptr, state_ptr, mail_ptr, tokens, tiles,
-    length, long_ones, group, rank,
+    sources, rings, full, empty, f_empty, numbers, x_ptr, f_ptr, counts_ptr, mail_ptr, mark, tokens,
+    tiles, length, long_ones, group, rank,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
     RF: gl.constexpr, G: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
@@ -92,7 +91,7 @@ def load_tiles(
             tma.async_copy_global_to_shared(comb, [t, 0], bar, combs.index(f_slot))
             tma.async_copy_global_to_shared(post, [t, 0], bar, posts.index(f_slot))
         if drawing & begins:
-            number = draw(state_ptr, mail_ptr, j + 1, groups)
+            number = draw(counts_ptr, mail_ptr, mark, j + 1, groups)
             drawing = first_tile(number, length, long_ones) < tiles
         k += 1
         tile += 1
@@ -115,47 +114,45 @@ def load_tiles(
 
 @gluon.jit
 def store_shares(
-    sums, square_sums, sums_full, sums_empty, published, numbers, quick_ptr, shares_ptr, ready_ptr,
-    tiles, rank,
+    sums, square_sums, sums_full, sums_empty, published, numbers, quick_ptr, rest_ptr, mark, tiles,
+    rank,
     T: gl.constexpr, W: gl.constexpr, RX: gl.constexpr, RS: gl.constexpr, G: gl.constexpr,
     COUNT: gl.constexpr,
 ):  # fmt: skip
     """The storing warp: products and squares of a tile, summed over the merging warps, to quick
-    [tiles, G, QUICK, T] and shares [tiles, G, ROWS, T], and after some tiles one to the count
-    ``ready`` of each.
+    [tiles, G, QUICK, T] and rest [tiles, G, ROWS, T].
     """
     GROUPS: gl.constexpr = (COUNT + 7) // 8
+    ROWS: gl.constexpr = 8 * GROUPS - FIRST
     wide: gl.constexpr = gl.BlockedLayout([W, 1, 2], [1, 8, 4], [1, 1, 1], [2, 1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([W // 4, 1], [4, 8], [1, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([W * T // 64, 2], [64 // T, T // 2], [1, 1], [1, 0])
     row = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(0, wide)))
     t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(0, wide)))
     in_share = row[:, None] * T + t[None, :]
     in_squares = 4 * T + gl.arange(0, T, layout=gl.SliceLayout(0, flat))
-    quick = (row < 4)[:, None] & (t >= 0)[None, :]
+    quick = (row < FIRST)[:, None] & (t >= 0)[None, :]
     k = gl.to_tensor(0)
     mbarrier.wait(sums_full.index(0), 0)
     tile = read_tile(numbers, 0, 1)
     while tile < tiles:
         slot = k % RS
-        if GROUPS > 1 and (k > 0) & (k % COUNTED == 0):
-            count_tiles(ready_ptr, numbers, k - COUNTED, k)
         block = tile.to(gl.int64) * G + rank
-        share_ptr = shares_ptr + block * (ROWS * T)
-        block_ptr = quick_ptr + block * (QUICK * T)
-        total = gl.sum(sums[0].index(slot).load(wide), 0)
-        put(gl.where(quick, block_ptr + in_share, share_ptr + in_share), total)
-        put(block_ptr + in_squares, gl.sum(square_sums.index(slot).load(flat), 0))
+        block_quick_ptr = quick_ptr + block * (QUICK * T)
+        block_rest_ptr = rest_ptr + (block * ROWS - FIRST) * T
         for g in gl.static_range(1, GROUPS):
             total = gl.sum(sums[g].index(slot).load(wide), 0)
-            gl.store(share_ptr + g * 8 * T + in_share, total)
+            put(block_rest_ptr + g * 8 * T + in_share, total, mark, PUT)
+        total = gl.sum(sums[0].index(slot).load(wide), 0)
+        at = gl.where(quick, block_quick_ptr + in_share, block_rest_ptr + in_share)
+        put(at, total, mark, PUT_FOR_ALL)
+        square = gl.sum(square_sums.index(slot).load(flat), 0)
+        put(block_quick_ptr + in_squares, square, mark, PUT_FOR_ALL)
         gl.thread_barrier()
         arrive(sums_empty.index(slot))
         arrive(published.index(k % RX))
         k += 1
         mbarrier.wait(sums_full.index(k % RS), (k // RS) & 1)
         tile = read_tile(numbers, k % TILE_NUMBERS, 1)
-    if GROUPS > 1:
-        count_tiles(ready_ptr, numbers, (k - 1) // COUNTED * COUNTED, k)
     arrive(published.index(k % RX))
 
 
@@ -203,8 +200,7 @@ def aggregate_tiles(
 @gluon.jit(do_not_specialize=["tokens", "mails", "length", "long_ones"])
 def post_pre_hopper_kernel(
     x, f, post, comb, x_next, x_ptr, f_ptr, fn_ptr, scale_ptr, base_ptr, u_ptr, pre_ptr, m_ptr,
-    r_ptr, post_ptr, comb_ptr, shares_ptr, state_ptr, tokens, mails, length, long_ones, eps,
-    norm_eps,
+    r_ptr, post_ptr, comb_ptr, state_ptr, tokens, mails, length, long_ones, eps, norm_eps,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, RX: gl.constexpr,
     RF: gl.constexpr, RS: gl.constexpr, COUNT: gl.constexpr, ITERATIONS: gl.constexpr,
     MERGE: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
@@ -216,11 +212,11 @@ def post_pre_hopper_kernel(
     u [tokens, C], pre [tokens, N], m [tokens, COUNT], r [tokens] and, unless COUNT is N,
     post [tokens, N] and comb [tokens, N, N].
 
-    shares [tiles, G, ROWS, T] is scratch; the int32 words of state must be UNSET: tiles * G * QUICK
-    * T quick shares, MAIL + groups * mails + tiles counts, with ``mails`` one more than there are
-    chunks: ``long_ones`` of ``length`` tiles, the rest of one. The grid is groups * G blocks.
-    REGISTERS: of a thread of the warps that aggregate, store shares, form pre, load, and form
-    mappings.
+    state: int32 words, 0 or as the launch before left them, which must have had the same tokens, C
+    and COUNT: tiles * G * (QUICK + ROWS) * T of shares, see ``store_shares``; MAIL + 2 * groups *
+    mails of counts, with ``mails`` one more than there are chunks: ``long_ones`` of ``length``
+    tiles, the rest of one. The grid is groups * G blocks. REGISTERS: of a thread of the warps that
+    aggregate, store shares, form pre, load, and form mappings.
     """
     G: gl.constexpr = (C + B - 1) // B
     GROUPS: gl.constexpr = (COUNT + 7) // 8
@@ -230,8 +226,8 @@ def post_pre_hopper_kernel(
     flat2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     flat3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     tiles = gl.cdiv(tokens, T)
-    quick_ptr = state_ptr.to(gl.pointer_type(gl.float32), bitcast=True)
-    state_ptr += tiles.to(gl.int64) * (G * QUICK * T)
+    rest_ptr = state_ptr + tiles.to(gl.int64) * (G * QUICK * T)
+    counts_ptr = rest_ptr + tiles.to(gl.int64) * (G * (8 * GROUPS - FIRST) * T)
     # The first tile, if blocks start in order: everybody waits for all of it.
     token = first_tile(gl.program_id(0) // G, length, long_ones).to(gl.int64) * T
     channel = gl.program_id(0) % G * B
@@ -240,12 +236,14 @@ def post_pre_hopper_kernel(
     ask_for_rows(x_ptr, first, end * N, 2 * C, T * N, 2 * B, num_warps)
     if MERGE:
         ask_for_rows(f_ptr, (token * C + channel) * 2, end, 2 * C, T, 2 * B, num_warps)
-    ticket = count_up(state_ptr + TICKET)
+    ticket, mark = take_ticket(counts_ptr)
     ask_for_share(fn_ptr, COUNT * N * C * 4, num_warps)
     group = ticket // G
     rank = ticket % G
-    mail_ptr = state_ptr + MAIL + group * mails
-    ready_ptr = state_ptr + MAIL + gl.num_programs(0) // G * mails
+    mails_of_all = gl.num_programs(0) // G * mails
+    mail_ptr = counts_ptr + MAIL + group * mails
+    next_mail_ptr = mail_ptr + (1 - mark) * mails_of_all
+    mail_ptr += mark * mails_of_all
 
     xs = gl.allocate_shared_memory(gl.bfloat16, [RX, T, N, B], tile3)
     if MERGE:
@@ -288,16 +286,16 @@ def post_pre_hopper_kernel(
                        COUNT, MERGE)),
         (aggregate_tiles, (xs, pre_ring, pre_full, empty, numbers, u_ptr, tokens, tiles, rank, N, C,
                            T, B, RX, 4)),
-        (store_shares, (sums, square_sums, sums_full, sums_empty, published, numbers, quick_ptr,
-                        shares_ptr, ready_ptr, tiles, rank, T, num_warps, RX, RS, G, COUNT)),
+        (store_shares, (sums, square_sums, sums_full, sums_empty, published, numbers, state_ptr,
+                        rest_ptr, mark, tiles, rank, T, num_warps, RX, RS, G, COUNT)),
         (form_pre, (pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
-                    quick_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens, tiles, rank, eps,
-                    norm_eps, N, C, T, RX, G, COUNT)),
-        (load_tiles, (sources, rings, full, empty, f_empty, numbers, x_ptr, f_ptr, state_ptr,
-                      mail_ptr, tokens, tiles, length, long_ones, group, rank, N, C, T, B, RX, RF,
-                      G, MERGE)),
-        (form_mappings, (queue, queue_full, queue_empty, shares_ptr, ready_ptr, scale_ptr, base_ptr,
-                         m_ptr, post_ptr, comb_ptr, tokens, tiles, eps, N, T, G, COUNT,
-                         ITERATIONS)),
+                    state_ptr, mark, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr, tokens, tiles,
+                    rank, eps, norm_eps, N, C, T, RX, G, COUNT)),
+        (load_tiles, (sources, rings, full, empty, f_empty, numbers, x_ptr, f_ptr, counts_ptr,
+                      mail_ptr, mark, tokens, tiles, length, long_ones, group, rank, N, C, T, B, RX,
+                      RF, G, MERGE)),
+        (form_mappings, (queue, queue_full, queue_empty, rest_ptr, mark, next_mail_ptr, mails, rank,
+                         scale_ptr, base_ptr, m_ptr, post_ptr, comb_ptr, tokens, tiles, eps, N, T,
+                         G, COUNT, ITERATIONS)),
     ], [4, 1, 1, 1, 1], REGISTERS)
     # fmt: on

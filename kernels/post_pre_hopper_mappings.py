@@ -5,15 +5,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .hopper_parts import arrive
-from .post_pre_hopper_groups import TILE_NUMBERS, UNSET, read_tile, wait_for, write_tile
+from .post_pre_hopper_groups import TILE_NUMBERS, empty_mail, read_tile, write_tile
 
-# Rows of a block's share of a tile: four products and the squares, for which every block waits, and
-# the other products in rows 4 to 23.
-QUICK, ROWS = gl.constexpr(5), gl.constexpr(24)
+# A block's share of a tile has QUICK rows, four products and the squares, for which every block
+# waits, and elsewhere the rest: the products from row FIRST of fn on.
+QUICK, FIRST = gl.constexpr(5), gl.constexpr(4)
 
 
 @gluon.jit
-def poll_shares(quick_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
+def poll_quick(quick_ptr, mark, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr):
     """Sums of the group's quick shares [G, QUICK, T] in a fixed order, of the products for pre
     [4, T], and of the squares [T]; and whether some are not there yet.
 
@@ -32,8 +32,8 @@ def poll_shares(quick_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexp
     flat_t = gl.arange(0, T, layout=gl.SliceLayout(0, flat))[None, :]
     product = gl.zeros((PART, 4, T), gl.float32, layout=LAYOUT)
     square = gl.zeros((PART, T), gl.float32, layout=flat)
-    largest_product = gl.zeros((PART, 4, T), gl.uint32, layout=LAYOUT)
-    largest_square = gl.zeros((PART, T), gl.uint32, layout=flat)
+    late_product = gl.zeros((PART, 4, T), gl.int32, layout=LAYOUT)
+    late_square = gl.zeros((PART, T), gl.int32, layout=flat)
     product_at = quick_ptr + part * (QUICK * T) + row * T + t
     square_at = quick_ptr + flat_part * (QUICK * T) + 4 * T + flat_t
     for first in gl.static_range(0, G, PART):
@@ -44,31 +44,81 @@ def poll_shares(quick_ptr, T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexp
         else:
             inside = first + part + 0 * row + 0 * t < G
             flat_inside = first + flat_part + 0 * flat_t < G
-            products = gl.load(product_at + step, mask=inside, other=0.0, volatile=True)
-            squares = gl.load(square_at + step, mask=flat_inside, other=0.0, volatile=True)
-        largest_product = gl.maximum(largest_product, products.to(gl.uint32, bitcast=True))
-        largest_square = gl.maximum(largest_square, squares.to(gl.uint32, bitcast=True))
-        product += products
-        square += squares
-    largest = gl.maximum(
-        gl.max(gl.reshape(largest_product, (PART * 4 * T,)), 0),
-        gl.max(gl.reshape(largest_square, (PART * T,)), 0),
+            products = gl.load(product_at + step, mask=inside, other=mark, volatile=True)
+            squares = gl.load(square_at + step, mask=flat_inside, other=mark, volatile=True)
+        products = products ^ mark
+        squares = squares ^ mark
+        late_product = late_product | products
+        late_square = late_square | squares
+        product += products.to(gl.float32, bitcast=True)
+        square += squares.to(gl.float32, bitcast=True)
+    late = gl.maximum(
+        gl.max(gl.reshape(late_product & 1, (PART * 4 * T,)), 0),
+        gl.max(gl.reshape(late_square & 1, (PART * T,)), 0),
     )
     squares = gl.convert_layout(gl.sum(square, 0), gl.SliceLayout(0, two), assert_trivial=True)
-    return gl.sum(product, 0), squares, largest == 0xFFFFFFFF  # UNSET
+    return gl.sum(product, 0), squares, late != 0
+
+
+@gluon.jit
+def poll_rows(
+    rows_ptr, first, mark, PART: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr,
+    T: gl.constexpr, G: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """What PART blocks, from ``first`` on, put into COUNT of their ROWS rows of T numbers: sums
+    [COUNT, T], and whether some are not there yet.
+    """
+    two: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    g = gl.arange(0, PART, layout=gl.SliceLayout(1, two))[:, None][:, :, None]
+    row = gl.arange(0, COUNT, layout=gl.SliceLayout(0, two))[None, :][:, :, None]
+    t = gl.arange(0, T, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, :][:, None, :]
+    in_rows = row * T + t
+    inside = first + g + 0 * in_rows < G
+    at = rows_ptr + (first + g) * (ROWS * T) + in_rows
+    words = gl.load(at, mask=inside, other=mark, volatile=True) ^ mark
+    late = gl.max(gl.reshape(words & 1, (PART * COUNT * T,)), 0)
+    return gl.sum(words.to(gl.float32, bitcast=True), 0), late != 0
+
+
+@gluon.jit
+def sum_rest(rest_ptr, mark, N: gl.constexpr, T: gl.constexpr, G: gl.constexpr):
+    """Sums of the group's other shares [G, N + N * N, T] in a fixed order, of the products for post
+    [N, T] and for comb [N * N, T], once all are there.
+    """
+    ROWS: gl.constexpr = N + N * N
+    PART: gl.constexpr = 4
+    posts: gl.constexpr = gl.BlockedLayout(
+        [PART // 2, 1, 4], [2, 64 // T, T // 4], [1, 1, 1], [2, 1, 0]
+    )
+    combs: gl.constexpr = gl.BlockedLayout(
+        [PART, 1, 4], [1, 128 // T, T // 4], [1, 1, 1], [2, 1, 0]
+    )
+    post = gl.zeros((N, T), gl.float32, layout=gl.SliceLayout(0, posts))
+    comb = gl.zeros((N * N, T), gl.float32, layout=gl.SliceLayout(0, combs))
+    for first in range(0, G, PART):
+        part_of_post, part_of_comb = post, comb
+        missing = gl.to_tensor(True)
+        while missing:
+            part_of_post, no_post = poll_rows(rest_ptr, first, mark, PART, N, ROWS, T, G, posts)
+            part_of_comb, no_comb = poll_rows(
+                rest_ptr + N * T, first, mark, PART, N * N, ROWS, T, G, combs
+            )
+            missing = no_post | no_comb
+        post += part_of_post
+        comb += part_of_comb
+    return post, comb
 
 
 @gluon.jit
 def form_pre(
     pre_ring, pre_full, published, queue, queue_full, queue_empty, numbers,
-    quick_ptr, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr,
+    quick_ptr, mark, scale_ptr, base_ptr, pre_ptr, m_ptr, r_ptr,
     tokens, tiles, rank, eps, norm_eps,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, RX: gl.constexpr, G: gl.constexpr,
     COUNT: gl.constexpr,
 ):  # fmt: skip
-    """pre of every tile of the group, as soon as all quick shares are there: they are polled
-    themselves, since a count of them takes a fence before it and a load after it. The rest of a
-    tile's mappings is for one block, in turn.
+    """pre of every tile of the group, as soon as all quick shares are there. The rest of a tile's
+    mappings is for one block, in turn.
     """
     layout: gl.constexpr = gl.BlockedLayout(
         [16 // T, 1, 4], [32 // T, 4, T // 4], [1, 1, 1], [2, 1, 0]
@@ -91,7 +141,7 @@ def form_pre(
         square = gl.zeros((T,), gl.float32, layout=gl.SliceLayout(0, two))
         missing = gl.to_tensor(True)
         while missing:
-            product, square, missing = poll_shares(tile_ptr, T, G, layout)
+            product, square, missing = poll_quick(tile_ptr, mark, T, G, layout)
         r = gl.rsqrt(square / (N * C) + norm_eps)
         m = r[None, :] * product
         pre = 1 / (1 + gl.exp(-(m * scale + base[:, None]))) + eps
@@ -147,27 +197,24 @@ def sinkhorn(logits, eps, ITERATIONS: gl.constexpr):
 
 @gluon.jit
 def form_mappings(
-    queue, queue_full, queue_empty, shares_ptr, ready_ptr, scale_ptr, base_ptr, m_ptr, post_ptr,
-    comb_ptr,
+    queue, queue_full, queue_empty, rest_ptr, mark, next_mail_ptr, mails, rank, scale_ptr, base_ptr,
+    m_ptr, post_ptr, comb_ptr,
     tokens, tiles, eps,
     N: gl.constexpr, T: gl.constexpr, G: gl.constexpr, COUNT: gl.constexpr,
     ITERATIONS: gl.constexpr,
 ):  # fmt: skip
     """post and comb of the tiles whose mappings are this block's to do."""
+    empty_mail(next_mail_ptr, mails, rank, G)
     if COUNT > N:  # the head has none
         # A token is two threads': of the sums of an iteration, half of one kind crosses them.
         square: gl.constexpr = gl.BlockedLayout([1, 2, 4], [16, 2, 1], [1, 1, 1], [2, 1, 0])
         flat: gl.constexpr = gl.SliceLayout(2, square)
         vector: gl.constexpr = gl.SliceLayout(1, flat)
         queue_tile, queue_r = queue
-        scale_post = gl.load(scale_ptr + 1)
-        scale_comb = gl.load(scale_ptr + 2)
         in_tile = gl.arange(0, T, layout=vector)
         i = gl.arange(0, N, layout=gl.SliceLayout(0, flat))
         j = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, square)))
         ij = i[None, :][:, :, None] * N + j[None, :][:, None, :]
-        base_post = gl.load(base_ptr + N + i)
-        base_comb = gl.load(base_ptr + 2 * N + ij)
         k = gl.to_tensor(0)
         mbarrier.wait(queue_full.index(0), 0)
         tile = read_tile(queue_tile, 0, 1)
@@ -176,27 +223,24 @@ def form_mappings(
             r = queue_r.index(slot).load(vector)
             gl.thread_barrier()
             arrive(queue_empty.index(slot))
-            wait_for(ready_ptr + tile, G + UNSET)
-            rows = tile.to(gl.int64) * T + in_tile
-            share_ptr = shares_ptr + tile.to(gl.int64) * (G * ROWS * T)
-            at_post = share_ptr + (N + i)[None, :] * T + in_tile[:, None]
-            at_comb = share_ptr + (2 * N + ij) * T + in_tile[:, None][:, :, None]
-            post = gl.zeros((T, N), gl.float32, layout=flat)
-            comb = gl.zeros((T, N, N), gl.float32, layout=square)
-            for g in range(G):
-                # Other blocks wrote them: not from this multiprocessor's cache.
-                post += gl.load(at_post + g * (ROWS * T), cache_modifier=".cg")
-                comb += gl.load(at_comb + g * (ROWS * T), cache_modifier=".cg")
+            tile_ptr = rest_ptr + tile.to(gl.int64) * (G * (N + N * N) * T)
+            post, comb = sum_rest(tile_ptr, mark, N, T, G)
+            post = gl.convert_layout(gl.permute(post, (1, 0)), flat)
+            comb = gl.convert_layout(gl.reshape(gl.permute(comb, (1, 0)), (T, N, N)), square)
             post = r[:, None] * post
             comb = r[:, None][:, :, None] * comb
+            rows = tile.to(gl.int64) * T + in_tile
             valid = (rows < tokens)[:, None]
             wide = valid[:, :, None] & (ij >= 0)
             valid = valid & (i >= 0)[None, :]
             gl.store(m_ptr + rows[:, None] * COUNT + (N + i)[None, :], post, mask=valid)
             gl.store(m_ptr + rows[:, None][:, :, None] * COUNT + 2 * N + ij, comb, mask=wide)
-            post = 2 * (1 / (1 + gl.exp(-(post * scale_post + base_post[None, :]))))
+            # Scales and bases for every tile anew: the warp's registers do not keep them.
+            post = post * gl.load(scale_ptr + 1) + gl.load(base_ptr + N + i)[None, :]
+            post = 2 * (1 / (1 + gl.exp(-post)))
             gl.store(post_ptr + rows[:, None] * N + i[None, :], post, mask=valid)
-            comb = sinkhorn(comb * scale_comb + base_comb, eps, ITERATIONS)
+            comb = comb * gl.load(scale_ptr + 2) + gl.load(base_ptr + 2 * N + ij)
+            comb = sinkhorn(comb, eps, ITERATIONS)
             gl.store(comb_ptr + rows[:, None][:, :, None] * (N * N) + ij, comb, mask=wide)
             k += 1
             mbarrier.wait(queue_full.index(k % 2), (k // 2) & 1)

@@ -1,6 +1,7 @@
 """The forward pass on Hopper in one pass, at every width it takes, against the two kernels."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from kernel_checks import OPTIONS, pooled_error, streams_inputs
 
 from megatron_mhc import kernels
-from megatron_mhc.kernels import launch, launch_post_pre_hopper, reference
+from megatron_mhc.kernels import launch, launch_post_pre_hopper, launch_state, reference
 from megatron_mhc.kernels.launch_post_pre_hopper import post_pre_hopper
 from megatron_mhc.kernels.launch_replay import launch_replay
 
@@ -131,7 +132,7 @@ def test_nan_stays_with_its_token():
 
 
 def test_no_nan_passes_for_a_share_that_is_missing():
-    """All bits set are what a share is awaited by."""
+    """All bits set, of which the last one of a share is not its own."""
     x, merge, mapping = inputs(40, 512)
     x.view(torch.int16)[7] = -1
     mapping[0].view(torch.int32)[2, 5] = -1
@@ -189,6 +190,53 @@ def test_launches_at_once_on_two_streams(kind):
     for outputs, expected in found:
         for ours, theirs in zip(outputs, expected):
             assert torch.equal(ours, theirs)
+
+
+def test_launches_of_many_shapes_in_turn():
+    """More than keep their memory, twice: each has it as it needs it."""
+    cases = [inputs(tokens, 1280) for tokens in range(100, 100 + 16 * (launch_state.KEPT + 2), 16)]
+    alone = [post_pre_hopper(*case, *NUMBERS) for case in cases]
+    for case, expected in zip(2 * cases, 2 * alone):
+        assert all(map(torch.equal, post_pre_hopper(*case, *NUMBERS), expected))
+
+
+def test_launches_of_two_threads_on_one_stream():
+    cases = [inputs(2051, 4096) for _ in range(2)]
+    alone = [post_pre_hopper(*case, *NUMBERS) for case in cases]
+
+    def launch_often(case):
+        return [post_pre_hopper(*case, *NUMBERS) for _ in range(40)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for found, expected in zip(threads.map(launch_often, cases), alone):
+            assert all(all(map(torch.equal, outputs, expected)) for outputs in found)
+
+
+def test_a_cuda_graph_beside_other_launches():
+    """Its launches, in two replays at once with eager ones of the same shape on a third stream."""
+    case = inputs(2051, 4096)
+    alone = post_pre_hopper(*case, *NUMBERS)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    captured = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            captured += [post_pre_hopper(*case, *NUMBERS) for _ in range(3)]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    eager = []
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for outputs in captured:
+            for output in outputs:
+                output.view(torch.uint8).fill_(255)
+        torch.cuda.synchronize()
+        for graph, stream in zip(graphs, streams):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager.append(post_pre_hopper(*case, *NUMBERS))
+        torch.cuda.synchronize()
+        for outputs in (*captured, eager[-1]):
+            assert all(map(torch.equal, outputs, alone))
 
 
 @pytest.mark.parametrize("held", [40, 125])

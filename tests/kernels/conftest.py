@@ -5,7 +5,12 @@ import pytest
 import torch
 from gluon_cpu import Launcher
 
-from megatron_mhc.kernels import launch_backward, launch_backward_hopper, launch_post_pre_hopper
+from megatron_mhc.kernels import (
+    launch_backward,
+    launch_backward_hopper,
+    launch_post_pre_hopper,
+    launch_state,
+)
 
 if torch.cuda.is_available():
     collect_ignore_glob = ["test_*_kernel.py", "test_ops.py"]
@@ -13,6 +18,7 @@ if torch.cuda.is_available():
 
 def forget_plans() -> None:
     launch_post_pre_hopper.plan_of.cache_clear()
+    launch_state._states.clear()
     launch_backward_hopper.hopper_streams_plan.cache_clear()
     launch_backward_hopper.hopper_pre_plan.cache_clear()
     launch_backward_hopper.tiles_a_program.cache_clear()

@@ -103,10 +103,6 @@ def is_found(hopper_on_cpu, run, seeds, multiprocessors, changes):
     return False
 
 
-FENCE = """    gl.inline_asm_elementwise(
-        FENCE, "=r,r,~{memory}", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )
-"""
 BARRIER = "        gl.thread_barrier()\n"
 STORE_U = "        gl.store(at, u.to(gl.bfloat16), mask=(rows < tokens)[:, None] & inside)\n"
 GIVE_BACK = BARRIER + "        arrive(empty.index(slot))\n"
@@ -137,20 +133,21 @@ SINGLE_PASS = {
     "X replaced while it is used": {
         "mbarrier.wait(empty.index(slot), ((k // RX) & 1) ^ 1)\n        if k": "if k"
     },
-    "shares polled once": {"        while missing:": "        for _ in range(1):"},
+    "shares for pre polled once": {
+        "        while missing:\n            product": "        if missing:\n            product"
+    },
+    "other shares polled once": {
+        "while missing:\n            part": "if missing:\n            part"
+    },
+    "squares not polled": {"late_square & 1": "0 * late_square"},
     "groups by block, not by ticket": {
         "group = ticket // G": "group = gl.program_id(0) // G",
         "rank = ticket % G": "rank = gl.program_id(0) % G",
     },
-    "shares counted without a fence": {FENCE: ""},
-    "mappings formed at once": {"wait_for(ready_ptr + tile, G + UNSET)": "pass"},
-    "shares from this multiprocessor's cache": {', cache_modifier=".cg"': ""},
     "more of a tile asked for than there is": {
         "gl.minimum(gl.minimum(PART, BYTES - first).to(gl.int64), end - at)": "(end - end + PART)"
     },
-    "last tiles not counted": {
-        "        count_tiles(ready_ptr, numbers, (k - 1) // COUNTED * COUNTED, k)": "        pass"
-    },
+    "tiles of fewer numbers than are in work": {"% TILE_NUMBERS": "% 2"},
 }
 
 

@@ -139,8 +139,8 @@ def warp_specialize(parts, worker_num_warps, worker_num_regs) -> None:
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack) -> Value:
     statements = [part.strip() for part in re.split(r"[;\n]", asm)]
-    names = [part.split()[0] for part in statements if part and not part.endswith((":", "{", "}"))]
-    names = tuple(name for name in names if name not in (".reg", "mov.u32", "@!reached"))
+    names = [part.split()[0] for part in statements if part and not part.endswith(":")]
+    names = tuple(name for name in names if name not in ("{", "}", ".reg", "mov.u32", "@!reached"))
     return INSTRUCTIONS[names](asm, *args)
 
 
@@ -160,13 +160,8 @@ def _publish(asm, address, value) -> Value:
     return value
 
 
-def _fence(asm, value) -> Value:
-    current().machine.memory.release()
-    return value
-
-
 def _put(asm, address, value) -> Value:
-    current().machine.memory.store(_pointer(address, float32), value, None)
+    current().machine.memory.store(_pointer(address, int32), value, None)
     return known(0)
 
 
@@ -205,8 +200,11 @@ INSTRUCTIONS = {
     ("st.release.gpu.global.u32",): _publish,
     ("prefetch.global.L2",): _prefetch,
     ("elect.sync", "@one"): _prefetch_part,
-    ("fence.acq_rel.gpu",): _fence,
-    ("st.relaxed.gpu.global.f32",): _put,
+    ("st.relaxed.gpu.global.v2.u32",): _put,
+    (
+        "createpolicy.fractional.L2::evict_last.b64",
+        "st.relaxed.gpu.global.L2::cache_hint.v2.u32",
+    ): _put,
     ("shfl.sync.bfly.b32",): _exchange,
     ("rcp.approx.ftz.f32",): _reciprocal,
 }

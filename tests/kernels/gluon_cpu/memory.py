@@ -39,7 +39,7 @@ class Memory:
         pointers, inside = self._resolve(pointer, mask)
         data = torch.zeros(inside.shape, dtype=pointers.dtype)
         if other is not None:
-            data[...] = other
+            data[...] = forced(other)
         for job in current().stores:  # a thread sees its own
             job.finish()
         for allocation, here, places in self._parts(pointers, inside):

@@ -123,6 +123,7 @@ for name, function in {
     "and": operator.and_,
     "or": operator.or_,
     "rshift": operator.rshift,
+    "lshift": operator.lshift,
     "xor": operator.xor,
 }.items():
     straight, exchanged = _binary(function)
