@@ -4,6 +4,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+# Two bfloat16 in one register: the compiler takes three instructions.
+TWO_FLOATS = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+@gluon.jit
+def to_float(tile):
+    """tile, in bfloat16 and pairs of neighbours a thread, in float32."""
+    return gl.inline_asm_elementwise(
+        TWO_FLOATS, "=f,=f,r", [tile], dtype=gl.float32, is_pure=True, pack=2
+    )
+
 
 @gluon.jit
 def columns(tile, COUNT: gl.constexpr, WIDTH: gl.constexpr, T: gl.constexpr, LAYOUT: gl.constexpr):
@@ -50,6 +61,33 @@ def stack(values, COUNT: gl.constexpr):
             joined = joined + (gl.join(values[k], values[k + (COUNT >> (level + 1))]),)
         values = joined
     return values[0]
+
+
+@gluon.jit
+def part_of(tiles, ranges, length, work, CHUNKS: gl.constexpr):
+    """The program's part of ``tiles`` tiles of tokens of CHUNKS blocks of channels, which are cut
+    as launch_backward_hopper.Cut says: first tile of its window, tiles of the window, where in the
+    tiles of the windows of all blocks it begins, how many it has, the number of its first share of
+    d fn, and in how many tiles the windows are cut.
+    """
+    program = gl.program_id(0)
+    whole = program < ranges * CHUNKS
+    number = program // CHUNKS
+    rest = tiles - ranges * length
+    first = gl.where(whole, number, ranges) * length
+    window = gl.where(whole, length, rest)
+    begin = gl.where(whole, program % CHUNKS * length, (program - ranges * CHUNKS) * work)
+    steps = gl.where(
+        whole, gl.minimum(length, tiles - first), gl.minimum(work, CHUNKS * rest - begin)
+    )
+    return (
+        first,
+        window,
+        begin,
+        steps,
+        gl.where(whole, number, ranges),
+        gl.where(whole, length, work),
+    )
 
 
 @gluon.jit

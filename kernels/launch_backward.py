@@ -63,7 +63,7 @@ def backward(
     head = fn is not None and fn.shape[0] == n
     on_hopper = mapping and tokens and not head and serves_hopper(x, f, n)
     if on_hopper and merge and dx_next is not None:
-        dx, df, shares = streams_backward_hopper(x, f, fn, dx_next, du, numbers, planes)
+        dx, df, shares = streams_backward_hopper(x, f, fn, dx_next, du, numbers)
     elif on_hopper and not merge:
         df = None
         dx, shares = pre_backward_hopper(x, fn, du, numbers, planes)
@@ -215,4 +215,4 @@ def streams_backward(
         plan.launch(
             x, f, post, comb, fn, dx_next, du, numbers, planes, dx, df, dposts, dcombs, dfns
         )
-    return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.ranges, 1)
+    return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.ranges, 0, 1)

@@ -11,23 +11,67 @@ from .launch import PLANS, cdiv, multiprocessors, pieces, sizes
 from .launch_reduce import Shares
 from .run_kernel import Launch, Tiles
 
-# Tokens of a block of channels in the time that it takes to begin (with a merge, 8192 x 4096: even
-# pieces of 125 tiles took 335 us, whole ones of 128 took 330).
-BEGIN = 160
+# Tokens of a block of channels in the time that it takes to begin one.
+BEGIN = 96
+# What programs lose that are not at the same tokens at the same time: memory then reads a token's
+# channels at many times (with a merge, 8192 x 4096: 300 us for 283).
+APART = 1.06
+# What more shares of d fn cost, and that both estimates are rough.
+RANGES_AND_REST = 1.02
+
+
+class Cut(NamedTuple):
+    """How the tiles of tokens of all blocks of channels are shared out among programs.
+
+    Each block's first ``ranges`` times ``length`` tiles are as many programs', which are at the
+    same tokens at the same time. The rest of all blocks, one after the other, is cut into pieces of
+    ``work`` tiles for other programs; a block has up to ``most`` programs.
+    """
+
+    ranges: int
+    length: int
+    rest: int
+    work: int
+    programs: int
+    most: int
+
+
+def _cut(tiles: int, chunks: int, ranges: int, length: int, programs: int) -> Cut:
+    """With ``programs`` for what the ranges leave."""
+    rest = max(0, tiles - ranges * length)
+    if not rest:
+        return Cut(ranges, length, 0, 1, chunks * ranges, ranges)
+    work = cdiv(chunks * rest, programs)
+    count = chunks * ranges + cdiv(chunks * rest, work)
+    return Cut(ranges, length, rest, work, count, ranges + cdiv(rest - 1, work) + 1)
 
 
 @lru_cache
-def tiles_a_program(tiles: int, chunks: int, programs: int, begin: int) -> int:
-    """How many of the ``tiles`` of each of ``chunks`` blocks of channels a Hopper program takes.
+def cut_of(tiles: int, chunks: int, programs: int, begin: int) -> Cut:
+    """The quickest of three ways to cut ``tiles`` of each of ``chunks`` blocks of channels for
+    ``programs``: in ranges alone; in ranges and a rest; in a rest alone.
 
-    As many for each of ``programs``, across the ends of blocks; but pieces of one block each where
-    that takes no longer. To begin a block, with its slice of fn and a share of d fn, takes the time
-    of about ``begin`` tiles.
+    To begin a block, with its slice of fn and a share of d fn, takes the time of about ``begin``
+    tiles.
     """
-    even = cdiv(chunks * tiles, programs)
-    ranges, whole = pieces(tiles, chunks, programs)
-    waves = cdiv(chunks * ranges, programs)
-    return whole if waves * (whole + begin) <= even + 2 * begin else even
+    count, whole = pieces(tiles, chunks, programs)
+    waves = cdiv(count * chunks, programs)
+    even = _cut(tiles, chunks, 0, 1, programs)
+    ways = {
+        _cut(tiles, chunks, count, whole, 0): waves * (whole + begin),
+        even: APART * (even.work + 2 * begin),
+    }
+    ranges = min(tiles, programs // chunks)
+    others = programs - ranges * chunks
+    if ranges and others:
+        # As long for all, where each of the others begins blocks / others times, and once more.
+        blocks = chunks / others
+        least = int(blocks * (tiles + begin) / (1 + blocks * ranges))
+        for length in range(max(1, least), min(least + 3, cdiv(tiles, ranges))):
+            both = _cut(tiles, chunks, ranges, length, others)
+            longest = max(length, both.work + begin * both.work / both.rest) + begin
+            ways[both] = RANGES_AND_REST * longest
+    return min(ways, key=ways.get)
 
 
 class HopperPlan(NamedTuple):
@@ -36,12 +80,15 @@ class HopperPlan(NamedTuple):
     launch: Launch
     chunks: int
     channels: int
-    tiles: int
-    work: int
+    cut: Cut
 
     def new_dfns(self, fn: Tensor) -> Tensor:
         """Memory for the shares of d fn."""
-        return fn.new_empty(cdiv(self.tiles - 1, self.work) + 1, *fn.shape)
+        return fn.new_empty(self.cut.most, *fn.shape)
+
+    def shares(self, dposts: Tensor | None, dcombs: Tensor | None, dfns: Tensor) -> Shares:
+        cut = self.cut
+        return Shares(dposts, dcombs, dfns, self.channels, cut.ranges, cut.rest, cut.work)
 
 
 def _plan(
@@ -56,11 +103,11 @@ def _plan(
     """Of a kernel with the block sizes of its module."""
     block_t, block_c = module.BLOCK_T, module.BLOCK_C
     chunks, tiles = cdiv(channels, block_c), cdiv(tokens, block_t)
-    work = tiles_a_program(tiles, chunks, multiprocessors(device), cdiv(BEGIN, block_t))
+    cut = cut_of(tiles, chunks, multiprocessors(device), cdiv(BEGIN, block_t))
     launch = Launch(
         kernel,
-        (cdiv(chunks * tiles, work),),
-        (tokens, work),
+        (cut.programs,),
+        (tokens, cut.ranges, cut.length, cut.work),
         described,
         N=n,
         C=channels,
@@ -68,7 +115,7 @@ def _plan(
         B=block_c,
         num_warps=module.NUM_WARPS,
     )
-    return HopperPlan(launch, chunks, block_c, tiles, work)
+    return HopperPlan(launch, chunks, block_c, cut)
 
 
 @lru_cache(PLANS)
@@ -80,14 +127,13 @@ def hopper_streams_plan(tokens: int, n: int, channels: int, device: torch.device
     streams = Tiles((tokens, n, channels), (t, n, b), module.STREAMS_TILE)
     plain = Tiles((tokens, channels), (t, b), module.TILE)
     numbers = Tiles((tokens, 64), (t, 64), module.NUMBERS_TILE)
-    planes = Tiles((tokens, 64), (t, 64), module.TILE)
-    described = (streams, plain, streams, plain, numbers, planes, streams, plain)
+    described = (streams, plain, streams, plain, numbers, streams, plain)
     kernel = module.streams_backward_hopper_kernel
     return _plan(module, kernel, described, tokens, n, channels, device)
 
 
 def streams_backward_hopper(
-    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
+    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor, Shares]:
     """dx, df and the shares of (dpost, dcomb, dfn), with a merge."""
     tokens, n, channels = sizes(x)
@@ -97,8 +143,8 @@ def streams_backward_hopper(
     dcombs = fn.new_empty(plan.chunks, tokens, n, n)
     dfns = plan.new_dfns(fn)
     arriving = map(aligned, (x, f, dx_next, du))
-    plan.launch(*arriving, numbers, planes, dx, df, fn, dposts, dcombs, dfns)
-    return dx, df, Shares(dposts, dcombs, dfns, plan.channels, plan.tiles, plan.work)
+    plan.launch(*arriving, numbers, dx, df, fn, dposts, dcombs, dfns)
+    return dx, df, plan.shares(dposts, dcombs, dfns)
 
 
 @lru_cache(PLANS)
@@ -126,4 +172,4 @@ def pre_backward_hopper(
     plan = hopper_pre_plan(tokens, n, channels, x.device)
     dx, dfns = torch.empty_like(x), plan.new_dfns(fn)
     plan.launch(aligned(x), aligned(du), numbers, numbers, planes, dx, fn, dfns)
-    return dx, Shares(None, None, dfns, plan.channels, plan.tiles, plan.work)
+    return dx, plan.shares(None, None, dfns)

@@ -29,15 +29,17 @@ class MappingParts(NamedTuple):
 class Shares(NamedTuple):
     """What is left to sum: dpost [chunks, T, n], dcomb [chunks, T, n, n], dfn [most, count, nC].
 
-    All tiles of a block of ``channels`` channels, block after block, were cut into pieces of
-    ``work``, and each piece left its share of dfn: a block has ``most`` shares or fewer.
+    A block of ``channels`` channels has ``ranges`` shares of dfn, and one of each piece in which
+    its ``rest`` tiles lie, where those of all blocks, block after block, were cut into pieces of
+    ``work``: ``most`` or fewer together.
     """
 
     dpost: Tensor | None
     dcomb: Tensor | None
     dfn: Tensor | None
     channels: int
-    tiles: int
+    ranges: int
+    rest: int
     work: int
 
 
@@ -48,7 +50,7 @@ def reduction(
     channels: int,
     count: int,
     parts: tuple[int, int, int, int],
-    cut: tuple[int, int, int],
+    cut: tuple[int, int, int, int],
     sums_fn: bool,
     adds: bool,
 ) -> Launch | None:
@@ -58,11 +60,11 @@ def reduction(
         count: mappings a token, 0 without.
         parts: how many of d fn; of d post and d comb, 0 without a merge; of pre's mappings; of
             post's and comb's.
-        cut: how d fn was, the last three of Shares.
+        cut: how d fn was, the last four of Shares.
         sums_fn: whether d fn has more than one share. adds: to what is in ``main_grad``.
     """
     most, chunks, pre_programs, programs = parts
-    cut_channels, tiles, work = cut
+    cut_channels, ranges, rest, work = cut
     merges = chunks > 0
     segments = 0 if not count else 1 if count == n else 3
     comb_blocks = cdiv(tokens * n * n, REDUCE_BLOCK) if merges else 0
@@ -74,7 +76,18 @@ def reduction(
     return Launch(
         reduce_kernel,
         (grid,),
-        (tokens, most, tiles, work, chunks, pre_programs, programs, comb_blocks, post_blocks),
+        (
+            tokens,
+            most,
+            ranges,
+            rest,
+            work,
+            chunks,
+            pre_programs,
+            programs,
+            comb_blocks,
+            post_blocks,
+        ),
         N=n,
         C=channels,
         CHANNELS=cut_channels,

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .hopper_parts import arrive, columns, make_barriers, separate
+from .hopper_parts import arrive, columns, make_barriers, separate, to_float
 from .post_pre_hopper_groups import (
     MAIL,
     PUT,
@@ -184,7 +184,7 @@ def aggregate_tiles(
         u = gl.zeros((T, B), gl.float32, layout=plain)
         for o in gl.static_range(N):
             weight, _ = gl.broadcast(pre[o][:, None], u)
-            u = gl.fma(weight, streams[o].to(gl.float32), u)  # as in accumulate.py
+            u = gl.fma(weight, to_float(streams[o]), u)  # as in accumulate.py
         rows = tile.to(gl.int64) * T + in_tile
         at = u_ptr + rows[:, None] * C + channel[None, :]
         gl.store(at, u.to(gl.bfloat16), mask=(rows < tokens)[:, None] & inside)

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from .hopper_parts import arrive, columns, separate, stack
+from .hopper_parts import arrive, columns, separate, stack, to_float
 from .post_pre_hopper_groups import TILE_NUMBERS, read_tile
 
 PART = gl.constexpr(8)  # tokens of a tile that are merged at a time
@@ -93,6 +93,9 @@ def merge_tiles(
         for first in gl.static_range(0, T, PART):
             x = xs.index(slot).slice(first, PART, 0)
             streams = separate(x.load(streams3), N, PART, B, plain)
+            floats = ()
+            for i in gl.static_range(N):
+                floats = floats + (to_float(streams[i]),)
             squares = gl.zeros((PART, B), gl.float32, layout=plain)
             if MERGE:
                 f_slot = k % RF
@@ -100,14 +103,14 @@ def merge_tiles(
                 comb = columns(comb, N * N, N * N, PART, token)
                 post = posts.index(f_slot).slice(first, PART, 0).load(row4)
                 post = columns(post, N, N, PART, token)
-                f = fs.index(f_slot).slice(first, PART, 0).load(plain).to(gl.float32)
+                f = to_float(fs.index(f_slot).slice(first, PART, 0).load(plain))
                 merged = ()
                 for o in gl.static_range(N):
                     # Fused as in accumulate.py: the replay has the same bits.
                     stream = post[o][:, None] * f
                     for i in gl.static_range(N):
                         weight, _ = gl.broadcast(comb[i * N + o][:, None], stream)
-                        stream = gl.fma(weight, streams[i].to(gl.float32), stream)
+                        stream = gl.fma(weight, floats[i], stream)
                     squares = gl.fma(stream, stream, squares)
                     merged = merged + (stream.to(gl.bfloat16),)
                 # Every thread writes where it read.
@@ -115,8 +118,7 @@ def merge_tiles(
             else:
                 merged = streams
                 for o in gl.static_range(N):
-                    stream = merged[o].to(gl.float32)
-                    squares = gl.fma(stream, stream, squares)
+                    squares = gl.fma(floats[o], floats[o], squares)
             operands = ()
             for p in gl.static_range(PAIRS):
                 pair = operand_of(merged[2 * p], merged[2 * p + 1], PART, B, right, W)

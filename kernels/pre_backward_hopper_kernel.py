@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_parts import arrive, columns, make_barriers, places_of_fn
+from .hopper_parts import arrive, columns, make_barriers, part_of, places_of_fn
 
 BLOCK_T, BLOCK_C, NUM_WARPS = 64, 64, 8
 TILE = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -29,7 +29,7 @@ ROWS = gl.constexpr(32)  # of dz, and columns before post, comb and pre in a tok
 
 @gluon.jit
 def load_tiles(
-    sources, rings, full, empty, begin, steps, tiles,
+    sources, rings, full, empty, part,
     N: gl.constexpr, T: gl.constexpr, B: gl.constexpr,
 ):  # fmt: skip
     """The loading warp, two tiles ahead."""
@@ -37,9 +37,10 @@ def load_tiles(
     xs, dus, dzs, pres, coefficients, plane_ring = rings
     BYTES: gl.constexpr = (N + 1) * T * B * 2 + T * (ROWS + 2 * N) * 4 + T * 2 * ROWS * 2
     PRE: gl.constexpr = ROWS + N + N * N
+    first, window, begin, steps, _, _ = part
     for step in range(steps):
-        t = (begin + step) % tiles * T
-        channel = (begin + step) // tiles * B
+        t = (first + (begin + step) % window) * T
+        channel = (begin + step) // window * B
         slot = step % 2
         bar = full.index(slot)
         mbarrier.wait(empty.index(slot), ((step // 2) & 1) ^ 1)
@@ -54,7 +55,7 @@ def load_tiles(
 
 @gluon.jit
 def sum_tiles(
-    dx_out, rings, full, empty, weight, dx_tiles, fn_ptr, dfn_ptr, begin, steps, tiles, work,
+    dx_out, rings, full, empty, weight, dx_tiles, fn_ptr, dfn_ptr, part,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """The computing warps; the equations are those of streams_backward_kernel. Their tiles are of
@@ -84,12 +85,13 @@ def sum_tiles(
     of_token: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, own))
 
     xs, dus, dzs, pres, coefficients, plane_ring = rings
+    first, window, begin, steps, share, work = part
     zero = gl.zeros((T, N * B), gl.float32, layout=tf32)
     done = gl.to_tensor(0)
     while done < steps:
-        chunk = (begin + done) // tiles
+        chunk = (begin + done) // window
         channel = chunk * B
-        until = gl.minimum((chunk + 1) * tiles - begin, steps)
+        until = gl.minimum((chunk + 1) * window - begin, steps)
         # The block's slice of fn, the second operand of dz @ fn: rows (stream, channel), columns k.
         # No warp is still at the products of the block of channels before: each ends behind a
         # barrier.
@@ -99,7 +101,7 @@ def sum_tiles(
         fence_async_shared()
         gl.thread_barrier()
 
-        before = (begin - chunk * tiles) * T
+        before = (first + begin - chunk * window) * T
         for step in range(done, until):
             slot = step % 2
             mbarrier.wait(full.index(slot), (step // 2) & 1)
@@ -137,19 +139,19 @@ def sum_tiles(
             tma.async_copy_shared_to_global(dx_out, [0, before + step * T, channel], dx_tile)
 
         at, inside = places_of_fn(channel, N, C, B, ROWS, bf16)
-        piece = (begin + done) // work - chunk * tiles // work
+        piece = share + (begin + done) // work - chunk * window // work
         gl.store(dfn_ptr + piece.to(gl.int64) * (COUNT * N * C) + at, sums, mask=inside)
         done = until
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tokens", "work"])
+@gluon.jit(do_not_specialize=["tokens", "ranges", "length", "work"])
 def pre_backward_hopper_kernel(
-    x, du, dz, numbers, planes, dx, fn_ptr, dfn_ptr, tokens, work,
+    x, du, dz, numbers, planes, dx, fn_ptr, dfn_ptr, tokens, ranges, length, work,
     N: gl.constexpr, C: gl.constexpr, T: gl.constexpr, B: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Tiles (T tokens, B channels), one block of channels after the other, are cut into ``work``
-    for each program; otherwise as streams_backward_kernel.
+    """Tiles (T tokens, B channels) are shared out among the programs as part_of says; otherwise as
+    streams_backward_kernel.
 
     x and dx [N, tokens, C] (the streams first), du [tokens, C], dz and numbers [tokens, 64] (both
     the tokens' numbers, in tiles of ROWS and of N columns) and planes [tokens, 64] are tensor
@@ -159,9 +161,7 @@ def pre_backward_hopper_kernel(
     tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     tile3: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=3)
     words: gl.constexpr = gl.NVMMASharedLayout(128, 32, rank=2)
-    tiles = gl.cdiv(tokens, T)
-    begin = gl.program_id(0) * work
-    steps = gl.minimum(work, gl.cdiv(C, B) * tiles - begin)
+    part = part_of(gl.cdiv(tokens, T), ranges, length, work, (C + B - 1) // B)
 
     xs = gl.allocate_shared_memory(gl.bfloat16, [2, N, T, B], tile3)
     dus = gl.allocate_shared_memory(gl.bfloat16, [2, T, B], tile)
@@ -179,9 +179,8 @@ def pre_backward_hopper_kernel(
     rings = (xs, dus, dzs, pres, coefficients, plane_ring)
     # fmt: off
     gl.warp_specialize([
-        (sum_tiles, (dx, rings, full, empty, weight, dx_tiles, fn_ptr, dfn_ptr, begin, steps, tiles,
-                     work, N, C, T, B, num_warps)),
-        (load_tiles, ((x, du, dz, numbers, planes), rings, full, empty, begin, steps, tiles,
-                      N, T, B)),
+        (sum_tiles, (dx, rings, full, empty, weight, dx_tiles, fn_ptr, dfn_ptr, part, N, C, T, B,
+                     num_warps)),
+        (load_tiles, ((x, du, dz, numbers, planes), rings, full, empty, part, N, T, B)),
     ], [1], [24])
     # fmt: on

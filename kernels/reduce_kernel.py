@@ -46,12 +46,14 @@ def sum_parts(
 
 
 @triton.jit
-def pieces_of(channel, channels, tiles, work):
-    """How many pieces share a block's ``tiles`` where the tiles of all blocks of ``channels``, one
-    block after the other, are cut into pieces of ``work``.
+def shares_of(channel, channels, ranges, rest, work):
+    """How many shares of d fn a channel has, of blocks of ``channels``: ``ranges``, and one of each
+    piece that its block has of the ``rest`` tiles of all blocks, which one block after the other
+    are cut into pieces of ``work``.
     """
     chunk = channel // channels
-    return ((chunk + 1) * tiles - 1) // work - chunk * tiles // work + 1
+    pieces = ((chunk + 1) * rest - 1) // work - chunk * rest // work + 1
+    return ranges + tl.where(rest > 0, pieces, 0)
 
 
 @triton.jit
@@ -67,8 +69,8 @@ def sum_row(parts_ptr, out_ptr, count, ROWS: tl.constexpr, ADD: tl.constexpr):
 # In Megatron's buffers main_grad is aligned in every way: one compiled kernel serves all.
 @triton.jit(
     do_not_specialize=[
-        "tokens", "most", "tiles", "work", "chunks", "pre_programs", "programs", "comb_blocks",
-        "post_blocks",
+        "tokens", "most", "ranges", "rest", "work", "chunks", "pre_programs", "programs",
+        "comb_blocks", "post_blocks",
     ],
     do_not_specialize_on_alignment=["dfn_ptr", "dscale_ptr", "dbase_ptr"],
 )  # fmt: skip
@@ -85,7 +87,8 @@ def reduce_kernel(
     dbase_ptr,
     tokens,
     most,
-    tiles,
+    ranges,
+    rest,
     work,
     chunks,
     pre_programs,
@@ -105,7 +108,7 @@ def reduce_kernel(
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """d fn of [most, COUNT, N * C] (as many as pieces_of says for blocks of CHANNELS), d post and
+    """d fn of [most, COUNT, N * C] (as many as shares_of says for blocks of CHANNELS), d post and
     d comb of [chunks, tokens, N] and [.., N * N], and d base and d scale of [N + 1, pre_programs]
     and [COUNT - N + 2, programs]: each group of programs sums one of them. Without a merge there
     are no d post and d comb; without a mapping SEGMENTS is 0 and there is no other. With ADD the
@@ -121,13 +124,13 @@ def reduce_kernel(
             return
         pid -= N + 1
     if SEGMENTS > 1:
-        rest: tl.constexpr = COUNT - N
-        if pid < rest + 2:
+        of_merge: tl.constexpr = COUNT - N
+        if pid < of_merge + 2:
             parts = mapping_parts_ptr + pid * programs
-            out = dbase_ptr + N + pid if pid < rest else dscale_ptr + 1 + pid - rest
+            out = dbase_ptr + N + pid if pid < of_merge else dscale_ptr + 1 + pid - of_merge
             sum_row(parts, out, programs, ROWS, ADD)
             return
-        pid -= rest + 2
+        pid -= of_merge + 2
     if MERGE:
         if pid < comb_blocks:
             width = tokens.to(tl.int64) * (N * N)
@@ -141,6 +144,6 @@ def reduce_kernel(
         pid -= post_blocks
     if SEGMENTS > 0:
         channel = (pid * FN_BLOCK + tl.arange(0, FN_BLOCK)) % C
-        parts = pieces_of(channel, CHANNELS, tiles, work)
+        parts = shares_of(channel, CHANNELS, ranges, rest, work)
         width = COUNT * N * C
         sum_parts(dfn_parts_ptr, dfn_ptr, pid, most, parts, width, FN_BLOCK_S, FN_BLOCK, ADD)

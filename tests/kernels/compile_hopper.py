@@ -94,6 +94,6 @@ for case in sys.argv[1:]:
     else:
         formed = torch.empty(tokens, 64), torch.empty(tokens, 64, dtype=torch.bfloat16)
         if merges:
-            launch_backward_hopper.streams_backward_hopper(x, f, fn, x, f, *formed)
+            launch_backward_hopper.streams_backward_hopper(x, f, fn, x, f, formed[0])
         else:
             launch_backward_hopper.pre_backward_hopper(x, fn, f, *formed)

@@ -21,7 +21,7 @@ def forget_plans() -> None:
     launch_state._states.clear()
     launch_backward_hopper.hopper_streams_plan.cache_clear()
     launch_backward_hopper.hopper_pre_plan.cache_clear()
-    launch_backward_hopper.tiles_a_program.cache_clear()
+    launch_backward_hopper.cut_of.cache_clear()
 
 
 @pytest.fixture

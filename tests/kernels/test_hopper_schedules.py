@@ -33,9 +33,8 @@ def streams_gradient():
     torch.manual_seed(1)
     tokens = 300
     x, f, _, _, fn, _, _ = streams_inputs((tokens,), 4, 136, torch.bfloat16)
-    numbers, planes = torch.randn(tokens, 64), torch.randn(tokens, 64).bfloat16()
     dx_next, du = torch.randn_like(x), torch.randn_like(f)
-    arguments = x, f, fn, dx_next, du, numbers, planes
+    arguments = x, f, fn, dx_next, du, torch.randn(tokens, 64)
     dx, df, shares = launch_backward_hopper.streams_backward_hopper(*arguments)
     # A block of channels that two programs share has one share more of dfn.
     return dx, df, shares.dpost, shares.dcomb, shares.dfn.nan_to_num(0.0)
@@ -77,9 +76,11 @@ def test_rings_of_any_depth(hopper_on_cpu, monkeypatch, rings):
 
 
 @pytest.mark.parametrize("gradient", [streams_gradient, pre_gradient])
-@pytest.mark.parametrize("multiprocessors", [2, 3])
+@pytest.mark.parametrize("multiprocessors", [2, 3, 4])
 def test_gradient_of_the_streams_has_the_same_bits(hopper_on_cpu, gradient, multiprocessors):
-    """By two programs, each with a block of channels and a half, and by three."""
+    """By two programs, each with a block of channels and a half, by three, and by three and one for
+    what they leave.
+    """
     hopper_on_cpu(0, multiprocessors)
     expected = gradient()
     for seed in range(1, 11):
@@ -174,39 +175,45 @@ def test_a_broken_queue_is_found(hopper_on_cpu, broken):
     assert is_found(hopper_on_cpu, run, seeds, 1, changes) is bool(broken)
 
 
-ALL = "            gl.thread_barrier()\n            #"
-END = "            product = warpgroup_mma_wait(0, deps=(product,))\n\n        at"
+OWN_PRODUCT = "        sums = warpgroup_mma_wait(0, deps=(running,))\n"
+READ = BARRIER + "        arrive(products_empty.index(0))\n"
 GRADIENT = {
-    "tiles replaced while they are read": {
-        "        mbarrier.wait(empty.index(slot), ((step // 2) & 1) ^ 1)\n": ""
+    "tiles replaced while they are read and copied out": {
+        "        mbarrier.wait(g_empty.index(slot), ((step // 2) & 1) ^ 1)\n": ""
     },
-    "numbers two deep": {
-        "[3, T, 64]": "[2, T, 64]",
-        "% 3": "% 2",
-        "// 3": "// 2",
-        "make_barriers(3, 1)": "make_barriers(2, 1)",
-    },
-    "results replaced while they are copied out": {"            tma.store_wait(0)\n": ""},
-    "products of X' without a fence": {
-        "fence_async_shared()\n            tma.store_wait(0)": "tma.store_wait(0)"
+    "dX and df given back before they are copied out": {"        tma.store_wait(0)\n": ""},
+    "dX and df copied out before they are there": {
+        "        mbarrier.wait(out_full.index(slot), (step // 2) & 1)\n": ""
     },
     "copy of dX without a fence": {
-        "            fence_async_shared()\n            gl.thread_barrier()\n            #": ALL
+        "        fence_async_shared()\n        gl.thread_barrier()\n        arrive(out": BARRIER
+        + "        arrive(out"
     },
-    "tiles given back without a barrier": {ALL + " The tile": "            #"},
-    "X' replaced beside other warps' products": {
-        "            sums = warpgroup_mma_wait(1, deps=(running,))\n": "",
-        END: END.replace("product =", "product, sums =").replace("t,)", "t, running)"),
+    "copy of dX without a barrier": {BARRIER + "        arrive(out": "        arrive(out"},
+    "dz @ fn replaced while it is read": {
+        "mbarrier.wait(products_empty.index(0), (step & 1) ^ 1)": "pass"
     },
-    "fn replaced beside other warps' products": {
-        "        gl.thread_barrier()\n        # The block's slice": "        # The block's slice"
+    "dz @ fn given back without a barrier": {READ: READ[len(BARRIER) :]},
+    "hi and lo given back before they are multiplied": {
+        OWN_PRODUCT + READ: READ + OWN_PRODUCT,
     },
-    "products used before they are there": {END: END.replace("(0,", "(1,")},
-    "planes used before they are there": {
-        "mbarrier.wait(plane_full.index(number_slot), (step // 3) & 1)": "pass"
+    "X' used before it is there": {"mbarrier.wait(formed.index(0), step & 1)": "pass"},
+    "X' one tile deep": {
+        "merged_ring.index(step % 2)": "merged_ring.index(0)",
+        "merged_ring.index(g_slot)": "merged_ring.index(0)",
     },
-    "du used before it is there": {"mbarrier.wait(du_full.index(slot), phase)": "pass"},
-    "ends before its copies": {"done = until\n    tma.store_wait(0)": "done = until"},
+    "products of X' without a fence": {
+        "            fence_async_shared()\n            gl.thread_barrier()\n": "    " + BARRIER
+    },
+    "products used before they are there": {
+        "product = warpgroup_mma_wait(0, deps": "product = warpgroup_mma_wait(1, deps"
+    },
+    "du and dX' used before they are there": {
+        "mbarrier.wait(g_full.index(g_slot), (step // 2) & 1)": "pass"
+    },
+    "a block's last share missing": {
+        "if ((begin + step + 1) % window == 0) | (step == steps - 1):": "if step == steps - 1:"
+    },
 }
 
 

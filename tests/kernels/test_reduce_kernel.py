@@ -26,7 +26,7 @@ def test_every_share_is_summed(parts):
     x, merge, mapping = make(5, 4, 8, 24)
     shares = [torch.randn(parts, *like.shape) for like in (*merge[1:], mapping[0])]
     mapping_parts = mapping_shares(4, 24, parts)
-    shares_of = launch_backward.Shares(*shares, channels=8, tiles=parts, work=1)
+    shares_of = launch_backward.Shares(*shares, channels=8, ranges=parts, rest=0, work=1)
     ours = launch_backward.reduce(shares_of, mapping_parts, merge, mapping, x)
     pre, rest = (part.double().sum(1) for part in mapping_parts)
     exact = [share.double().sum(0) for share in shares]
@@ -41,7 +41,7 @@ def test_the_mappings_sums_are_added_in_one_addition(parts, count):
     x, _, (fn, _, base) = make(5, 4, 8, count)
     mapping = (fn, torch.empty(1 if count == 4 else 3), base)
     dfns, mapping_parts = torch.randn(parts, *fn.shape), mapping_shares(4, count, parts)
-    shares = launch_backward.Shares(None, None, dfns, channels=8, tiles=parts, work=1)
+    shares = launch_backward.Shares(None, None, dfns, channels=8, ranges=parts, rest=0, work=1)
     sums = launch_backward.reduce(shares, mapping_parts, None, mapping, x)[2:]
     before = [torch.randn_like(total) for total in sums]
     # Views into one buffer, at whatever address.
@@ -55,18 +55,22 @@ def test_the_mappings_sums_are_added_in_one_addition(parts, count):
     assert buffer[0] == 0
 
 
-@pytest.mark.parametrize(("tiles", "work"), [(5, 3), (4, 7), (1, 2), (6, 2), (2, 1)])
-def test_pieces_that_cross_blocks_of_channels(tiles, work):
-    """Every tile adds 1 to the share of its piece; shares that nobody wrote are not read."""
+@pytest.mark.parametrize("ranges", [0, 2])
+@pytest.mark.parametrize(("rest", "work"), [(5, 3), (4, 7), (1, 2), (6, 2), (2, 1)])
+def test_pieces_that_cross_blocks_of_channels(ranges, rest, work):
+    """Every tile of the rest adds 1 to the share of its piece, and every range is a share of 1;
+    shares that nobody wrote are not read.
+    """
     n, channels, blocks, count = 4, 8, 4, 24
     x, _, mapping = make(5, n, channels * blocks, count)
-    most = -(-(tiles - 1) // work) + 1
+    most = ranges + -(-(rest - 1) // work) + 1
     dfns = torch.full((most, count, n, blocks, channels), float("nan"))
-    for tile in range(blocks * tiles):
-        block = tile // tiles
-        share = dfns[tile // work - block * tiles // work, :, :, block]
+    dfns[:ranges] = 1.0
+    for tile in range(blocks * rest):
+        block = tile // rest
+        share = dfns[ranges + tile // work - block * rest // work, :, :, block]
         share.nan_to_num_(nan=0.0).add_(1.0)
-    shares = launch_backward.Shares(None, None, dfns.flatten(2), channels, tiles, work)
+    shares = launch_backward.Shares(None, None, dfns.flatten(2), channels, ranges, rest, work)
     mapping_parts = mapping_shares(n, count, 1)
     _, _, dfn, _, _ = launch_backward.reduce(shares, mapping_parts, None, mapping, x)
-    assert torch.equal(dfn, torch.full_like(dfn, tiles))
+    assert torch.equal(dfn, torch.full_like(dfn, ranges + rest))

@@ -104,7 +104,7 @@ def _copy_in(descriptor, coordinates, barrier: Tile, result: Tile, pred=True) ->
 
 
 def _copy_out(descriptor, coordinates, source: Tile) -> None:
-    assert not current().unbarriered, "no barrier between a store and its copy"
+    assert not source.meets(current().unbarriered), "no barrier between a store and its copy"
     outer, inner = _box(descriptor, coordinates)
 
     def action() -> None:
@@ -166,7 +166,9 @@ def warpgroup_mma_init(value: Value) -> Value:
 def warpgroup_mma(a, b, acc, use_acc=True, is_async=False) -> Value:
     warps = current()
     assert is_async
-    assert not warps.unbarriered, "no barrier between a store and its product"
+    operands = [side for side in (a, b) if isinstance(side, Tile)]
+    for side in operands:
+        assert not side.meets(warps.unbarriered), "no barrier between a store and its product"
     before = warps.products[-1][0] if warps.products else None
     results = []
 
@@ -177,7 +179,7 @@ def warpgroup_mma(a, b, acc, use_acc=True, is_async=False) -> Value:
         results.append(forced(acc) + product if use_acc else product)
 
     job = warps.machine.start(Job(action))
-    warps.products.append((job, [side for side in (a, b) if isinstance(side, Tile)]))
+    warps.products.append((job, operands))
     pause()
     return Product(job, results)
 

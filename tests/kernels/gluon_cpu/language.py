@@ -121,7 +121,7 @@ def thread_barrier() -> None:
         pending.barriered = True
     warps.loads.clear()
     warps.leaving.clear()
-    warps.unbarriered = False
+    warps.unbarriered.clear()
     pause()
 
 
@@ -185,9 +185,12 @@ def _pointer(address, dtype) -> Value:
 
 
 def _exchange(asm, value) -> Value:
-    """With lane ^ distance, where lanes lie along the last dimension."""
+    """With lane ^ distance, where a warp is an index of the first dimension. It happens where it
+    stands, so that what the value is made of is there.
+    """
     distance = int(re.search(r"\$1, (\d+),", asm)[1])
-    return late(lambda data: data[..., torch.arange(data.shape[-1]) ^ distance])(value)
+    data, other = forced(value), torch.arange(32) ^ distance
+    return known(data.reshape(-1, 32)[:, other].reshape(data.shape))
 
 
 def _reciprocal(asm, value) -> Value:
@@ -195,7 +198,12 @@ def _reciprocal(asm, value) -> Value:
     return 1 / value
 
 
+def _two_floats(asm, pairs) -> Value:
+    return pairs.to(float32)
+
+
 INSTRUCTIONS = {
+    ("shl.b32", "and.b32"): _two_floats,
     ("ld.acquire.gpu.global.s32", "setp.ge.s32"): _wait_for,
     ("st.release.gpu.global.u32",): _publish,
     ("prefetch.global.L2",): _prefetch,

@@ -27,8 +27,8 @@ class Warps(greenlet):
 
     block: the block's number. several: whether it is more than one warp. stores, copies: jobs that
     it started, oldest first. products: such jobs, and the tiles that they read. leaving: such
-    tiles, waited for since the last barrier of all threads. unbarriered: whether it wrote to shared
-    memory since then. unfenced: tiles that it wrote since its last fence. loads: since its last
+    tiles, waited for since the last barrier of all threads. unbarriered: tiles that it
+    wrote since then. unfenced: tiles that it wrote since its last fence. loads: since its last
     barrier. polled: when it last read an address that it polls.
     """
 
@@ -42,7 +42,7 @@ class Warps(greenlet):
         self.stores: list[Job] = []
         self.copies: list[Job] = []
         self.products: list[tuple] = []
-        self.unbarriered = False
+        self.unbarriered: list = []
         self.unfenced: list = []
         self.leaving: list = []
         self.loads: list = []

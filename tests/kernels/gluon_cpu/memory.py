@@ -191,6 +191,13 @@ class Tile:
         assert b * dtype.itemsize == 128
         return Tile(self.shared, self.places.permute(1, 0, 2).reshape(t, n * b))
 
+    def meets(self, tiles: list["Tile"]) -> bool:
+        """Whether one of ``tiles`` has an element of it."""
+        return any(
+            tile.shared is self.shared and torch.isin(self.places, tile.places).any()
+            for tile in tiles
+        )
+
     def load(self, layout) -> Value:
         pause()
         return Load(self.shared, self.places).value
@@ -200,9 +207,7 @@ class Tile:
         data, warps = forced(value), current()
         assert data.dtype == self.shared.flat.dtype
         assert data.shape == self.places.shape
-        for tile in warps.leaving:
-            taken = tile.shared is self.shared and torch.isin(self.places, tile.places).any()
-            assert not taken, "no barrier after the wait for a product"
+        assert not self.meets(warps.leaving), "no barrier after the wait for a product"
         self.shared.write(self.places, data, warps)
-        warps.unbarriered = True
+        warps.unbarriered.append(self)
         warps.unfenced.append(self)

@@ -25,6 +25,9 @@ class Pointers(NamedTuple):
     def shape(self) -> torch.Size:
         return self.addresses.shape
 
+    def __getitem__(self, index) -> "Pointers":
+        return self._replace(addresses=self.addresses[index])
+
 
 class Value:
     """A tensor, or Pointers, that ``make`` returns when it is first asked for."""
