@@ -5,7 +5,7 @@ import pytest
 import torch
 from kernel_checks import relative_error, streams_inputs
 
-from megatron_mhc.kernels import launch_backward, launch_backward_hopper
+from megatron_mhc.kernels import launch_backward
 
 
 @pytest.mark.parametrize("arrives", [True, False])
@@ -46,54 +46,3 @@ def test_gradients_of_one_pass(dtype, arrives):
     sums = (share.sum(0) for share in (shares.dpost, shares.dcomb, shares.dfn))
     for ours, theirs in zip((dx, df, *sums), exact):
         assert relative_error(ours, theirs) < tolerance
-
-
-def programs_of(cut, tiles, chunks):
-    """Of every program (block, first tile, tiles) of its blocks, as the kernel's part_of says."""
-    programs = []
-    for program in range(cut.programs):
-        if program < cut.ranges * chunks:
-            first = program // chunks * cut.length
-            steps = min(cut.length, tiles - first)
-            programs.append([(program % chunks, first, steps)])
-            continue
-        begin = (program - cut.ranges * chunks) * cut.work
-        end = min(begin + cut.work, chunks * cut.rest)
-        parts = []
-        while begin < end:
-            block, tile = divmod(begin, cut.rest)
-            steps = min(cut.rest - tile, end - begin)
-            parts.append((block, cut.ranges * cut.length + tile, steps))
-            begin += steps
-        programs.append(parts)
-    return programs
-
-
-@pytest.mark.parametrize(
-    ("tiles", "chunks"),
-    [(256, 64), (256, 40), (128, 112), (1, 4), (4, 64), (256, 20), (5, 40), (256, 300), (1024, 5)],
-)
-@pytest.mark.parametrize("begin", [3, 5])
-def test_hopper_programs_share_all_tiles(tiles, chunks, begin):
-    """Each tile is one program's, no program is idle, and none takes much longer than the mean."""
-    cut = launch_backward_hopper.cut_of(tiles, chunks, 132, begin)
-    programs = programs_of(cut, tiles, chunks)
-    taken = [
-        (block, first + k) for parts in programs for block, first, n in parts for k in range(n)
-    ]
-    assert sorted(taken) == [(block, tile) for block in range(chunks) for tile in range(tiles)]
-    assert all(parts and all(steps > 0 for *_, steps in parts) for parts in programs)
-    longest = max(sum(begin + steps for *_, steps in parts) for parts in programs)
-    mean = (len(taken) / 132) + begin
-    assert longest * -(-len(programs) // 132) < 1.25 * mean + 2 * begin
-
-
-@pytest.mark.parametrize(
-    ("tiles", "chunks", "ranges", "length", "work"),
-    # 8192 x 4096: two ranges, which leave 4 of 132 idle. 8192 x 2560: three, and 12 programs for a
-    # rest. 4096 x 7168: one, and 20.
-    [(256, 64, 2, 128, 1), (256, 40, 3, 80, 54), (128, 112, 1, 113, 84)],
-)
-def test_how_hopper_programs_are_cut(tiles, chunks, ranges, length, work):
-    cut = launch_backward_hopper.cut_of(tiles, chunks, 132, 5)
-    assert (cut.ranges, cut.length, cut.work) == (ranges, length, work)
