@@ -87,6 +87,7 @@ class HopperPlan(NamedTuple):
         return fn.new_empty(self.cut.most, *fn.shape)
 
     def shares(self, dposts: Tensor | None, dcombs: Tensor | None, dfns: Tensor) -> Shares:
+        """What a launch leaves to sum; without a merge there are no dposts and dcombs."""
         cut = self.cut
         return Shares(dposts, dcombs, dfns, self.channels, cut.ranges, cut.rest, cut.work)
 

@@ -34,9 +34,10 @@ def right_operand(tile, T: gl.constexpr, B: gl.constexpr, OPERAND: gl.constexpr)
 
 
 @gluon.jit
-def dots(left, right, T: gl.constexpr, MMA: gl.constexpr, LAYOUT: gl.constexpr):
+def dots(left, right, upper, T: gl.constexpr, MMA: gl.constexpr, LAYOUT: gl.constexpr):
     """Dot products over the channels of the halves of tokens, of two tiles with one: two
-    [T // 4, 4 tokens x 2 halves, 4], where the last index is the token.
+    [T // 4, 4 tokens x 2 halves, 4], where the last index is the token. upper: of which the half is
+    the second.
 
     The matrix units multiply every half of four tokens with every other, of which an eighth is
     asked for: the elements with one token and half in row and column.
@@ -49,8 +50,6 @@ def dots(left, right, T: gl.constexpr, MMA: gl.constexpr, LAYOUT: gl.constexpr):
         even, odd = gl.split(pair[k])
         even = gl.convert_layout(even, LAYOUT, assert_trivial=True)
         odd = gl.convert_layout(odd, LAYOUT, assert_trivial=True)
-        row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-        upper = (row & 1)[None, :][:, :, None] != 0
         found = found + (gl.where(upper, odd, even),)
     return found
 
@@ -126,7 +125,7 @@ def sum_tiles(
     of_warp = of_warp[:, None][:, :, None]
     row = row[None, :][:, :, None]
     column = column[None, :][:, None, :]
-    upper = (row & 1) + 0 * of_warp + 0 * column
+    half = (row & 1) + 0 * of_warp + 0 * column
     in_tile = 4 * of_warp + row // 2 + 0 * column
     own = row // 2 == column
     sums = gl.zeros((N * B, ROWS), gl.float32, layout=bf16)
@@ -183,11 +182,11 @@ def sum_tiles(
         for i in gl.static_range(N + 1):
             source = right_operand(sources[i], T, B, right)
             for k in gl.static_range(N // 2):
-                shares = shares + dots(lefts[k], source, T, mma, dot)
+                shares = shares + dots(lefts[k], source, half != 0, T, mma, dot)
         # Then a lane has two rows of a token's d comb and d post of two streams; another the rest.
         lowers = shares[: 2 * N] + shares[N * N : N * N + 2]
         uppers = shares[2 * N : N * N] + shares[N * N + 2 :]
-        shares = fold(lowers, uppers, 2 * N + 2, upper != 0)
+        shares = fold(lowers, uppers, 2 * N + 2, half != 0)
         # This gives back X and f too, whose dots have been exchanged: no load of them is under way.
         # A barrier alone waits for loads to be issued, and a bulk copy into their memory can be
         # faster.
@@ -197,9 +196,9 @@ def sum_tiles(
         rows = t + in_tile
         token_share = chunk.to(gl.int64) * tokens + rows
         valid = own & (rows < tokens)
-        at = dcomb_ptr + (token_share * N + 2 * upper) * N
+        at = dcomb_ptr + (token_share * N + 2 * half) * N
         put_rows(at, shares[: 2 * N], valid, 2 * N, num_warps)
-        put_rows(dpost_ptr + token_share * N + 2 * upper, shares[2 * N :], valid, 2, num_warps)
+        put_rows(dpost_ptr + token_share * N + 2 * half, shares[2 * N :], valid, 2, num_warps)
 
         if ((begin + step + 1) % window == 0) | (step == steps - 1):
             fn_at, inside = places_of_fn(chunk * B, N, C, B, ROWS, bf16)
