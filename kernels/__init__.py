@@ -13,6 +13,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import BACKENDS, check_backend, choose_backend
 from .reference import RESIDUAL_MIXINGS
+from .served import serves
 from .validation import (
     check_eps,
     check_merge,
@@ -49,12 +50,6 @@ def _triton():
     return ops
 
 
-def _choose(backend, tensors, residual_mixing="sinkhorn") -> str:
-    """Triton or torch for a call on ``tensors``, the streams [..., n, C] first."""
-    n, channels = tensors[0].shape[-2:]
-    return choose_backend(backend, tensors, n=n, channels=channels, residual_mixing=residual_mixing)
-
-
 def sinkhorn(
     logits: Tensor, iterations: int = 20, eps: float = 1e-6, *, backend: str = "auto"
 ) -> Tensor:
@@ -76,6 +71,22 @@ def _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_ep
     expected = mapping_shapes(residual_mixing, *x.shape[-2:])
     check_parameters(expected, fn=fn, scale=scale, base=base)
     check_eps(iterations=iterations, eps=eps, norm_eps=norm_eps)
+
+
+def _check_merge_and_mapping(x, f, post, comb, *mapping) -> None:
+    check_merge(x, f, post, comb)
+    _check_mapping(x, *mapping)
+
+
+def _check_head(x, fn, scale, base, eps, norm_eps) -> None:
+    check_streams(x)
+    check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
+    check_eps(eps=eps, norm_eps=norm_eps)
+
+
+def _check_merge_and_head(x, f, post, comb, *head) -> None:
+    check_merge(x, f, post, comb)
+    _check_head(x, *head)
 
 
 def mhc_mappings(
@@ -147,8 +158,9 @@ def mhc_pre(
     Raises:
         ValueError: as :func:`mhc_mappings`.
     """
-    _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
-    if _choose(backend, (x, fn, scale, base), residual_mixing) == "triton":
+    tensors = (x, fn, scale, base)
+    options = (residual_mixing, iterations, eps, norm_eps)
+    if serves(_check_mapping, backend, tensors, *options, residual_mixing=residual_mixing):
         *outputs, pre = _triton().pre(
             x, fn, scale, base, iterations, eps, norm_eps, accumulate_main_grad
         )
@@ -175,8 +187,7 @@ def mhc_post(x: Tensor, f: Tensor, post: Tensor, comb: Tensor, *, backend: str =
     Raises:
         ValueError: shapes that do not belong together, or mappings of 16 bits.
     """
-    check_merge(x, f, post, comb)
-    if _choose(backend, (x, f, post, comb)) == "triton":
+    if serves(check_merge, backend, (x, f, post, comb)):
         return _triton().post(x, f, post, comb)
     return reference.mhc_post(x, f, post, comb)
 
@@ -210,10 +221,10 @@ def mhc_post_pre(
     Raises:
         ValueError: as the two functions.
     """
-    check_merge(x, f, post, comb)
-    _check_mapping(x, fn, scale, base, residual_mixing, iterations, eps, norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
-    if _choose(backend, tensors, residual_mixing) == "triton":
+    options = (residual_mixing, iterations, eps, norm_eps)
+    check = _check_merge_and_mapping
+    if serves(check, backend, tensors, *options, residual_mixing=residual_mixing):
         *outputs, pre = _triton().post_pre(
             *tensors, iterations, eps, norm_eps, accumulate_main_grad
         )
@@ -264,7 +275,8 @@ def mhc_replay(
     """
     check_replay(x, merges, pres)
     tensors = (x, *pres, *(tensor for merge in merges if merge is not None for tensor in merge))
-    if _choose(backend, tensors) == "triton":
+    n, channels = x.shape[-2:]
+    if choose_backend(backend, tensors, n=n, channels=channels) == "triton":
         return _triton().replay(x, merges, pres)
     return reference.mhc_replay(x, merges, pres)
 
@@ -293,10 +305,7 @@ def mhc_head(
     Raises:
         ValueError: a wrong shape or dtype, or an eps outside [0, 1).
     """
-    check_streams(x)
-    check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
-    check_eps(eps=eps, norm_eps=norm_eps)
-    if _choose(backend, (x, fn, scale, base)) == "triton":
+    if serves(_check_head, backend, (x, fn, scale, base), eps, norm_eps):
         h, pre = _triton().head(x, fn, scale, base, eps, norm_eps, accumulate_main_grad)
         return (h, pre) if return_pre else h
     options = {"eps": eps, "norm_eps": norm_eps, "return_pre": return_pre}
@@ -331,11 +340,8 @@ def mhc_post_head(
     Raises:
         ValueError: as the two functions.
     """
-    check_merge(x, f, post, comb)
-    check_parameters(head_shapes(*x.shape[-2:]), fn=fn, scale=scale, base=base)
-    check_eps(eps=eps, norm_eps=norm_eps)
     tensors = (x, f, post, comb, fn, scale, base)
-    if _choose(backend, tensors) == "triton":
+    if serves(_check_merge_and_head, backend, tensors, eps, norm_eps):
         outputs = _triton().post_head(*tensors, eps, norm_eps, accumulate_main_grad)
         return outputs if return_pre else outputs[1]
     options = {"eps": eps, "norm_eps": norm_eps, "return_pre": return_pre}

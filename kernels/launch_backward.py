@@ -21,9 +21,11 @@ from .launch import (
     walk,
 )
 from .launch_backward_hopper import pre_backward_hopper, streams_backward_hopper
-from .launch_reduce import MappingParts, Shares, reduce
+from .launch_reduce import MappingParts, reduce
 from .run_kernel import Launch
+from .shares import Shares, SharesMemory
 from .streams_backward_kernel import streams_backward_kernel
+from .workspace import Part, Workspace
 
 # Tokens of a program that computes gradients of the mappings.
 MAPPING_BACKWARD_BLOCK = 16
@@ -76,10 +78,7 @@ class MappingPlan(NamedTuple):
     """What all of mapping_backward's calls of one shape share."""
 
     launch: Launch
-    rows: int
-    width: int
-    blocks: int
-    map_programs: int
+    workspace: Workspace
 
 
 @lru_cache(PLANS)
@@ -108,7 +107,13 @@ def mapping_plan(
         BLOCK_M=MAPPING_BACKWARD_BLOCK,
         **options,
     )
-    return MappingPlan(launch, rows, width, blocks, map_programs)
+    workspace = Workspace(
+        ((tokens, width), torch.float32),
+        ((tokens, 2 * rows), torch.bfloat16),
+        ((n + 1, blocks), torch.float32),
+        ((count - n + 2, map_programs), torch.float32),
+    )
+    return MappingPlan(launch, workspace)
 
 
 def mapping_backward(
@@ -118,7 +123,7 @@ def mapping_backward(
     grads: tuple[Tensor, Tensor | None, Tensor | None],
     iterations: int,
     eps: float,
-) -> tuple[Tensor, Tensor, MappingParts]:
+) -> tuple[Part, Part, MappingParts]:
     """The tokens' numbers [T, WIDTH], dz's bf16 planes [T, 2 * ROWS] (mapping_backward_kernel) and
     the shares of dscale and dbase.
     """
@@ -128,10 +133,7 @@ def mapping_backward(
     tokens, n, channels = sizes(x_next)
     count = fn.shape[0]
     plan = mapping_plan(tokens, n, channels, count, merge is not None, iterations, eps)
-    numbers = fn.new_empty(tokens, plan.width)
-    planes = fn.new_empty(tokens, 2 * plan.rows, dtype=torch.bfloat16)
-    pre_parts = fn.new_empty(n + 1, plan.blocks)
-    parts = fn.new_empty(count - n + 2, plan.map_programs)
+    numbers, planes, pre_parts, parts = plan.workspace.allocate(fn)
     if tokens:
         plan.launch(
             x_next, *grads[:1], m, r, scale, base, *grads[1:], post, comb, numbers, planes,
@@ -144,7 +146,7 @@ class StreamsPlan(NamedTuple):
     """What all of streams_backward's calls of one shape share."""
 
     launch: Launch
-    chunks: int
+    memory: SharesMemory
     channels: int
     ranges: int
 
@@ -185,7 +187,9 @@ def streams_plan(
         PRECISION="tf32" if dtype == torch.bfloat16 else "tf32x3",
         **options,
     )
-    return StreamsPlan(launch, chunks, options["BLOCK_C"], ranges)
+    fn = (count, n * channels) if count else None
+    memory = SharesMemory(tokens, n, chunks if merges else 0, fn, ranges)
+    return StreamsPlan(launch, memory, options["BLOCK_C"], ranges)
 
 
 def streams_backward(
@@ -194,8 +198,8 @@ def streams_backward(
     fn: Tensor | None,
     dx_next: Tensor | None,
     du: Tensor | None,
-    numbers: Tensor | None,
-    planes: Tensor | None,
+    numbers: Part | None,
+    planes: Part | None,
 ) -> tuple[Tensor, Tensor | None, Shares]:
     """dx, df and the shares of (dpost, dcomb, dfn), by the kernel for every GPU."""
     tokens, n, channels = sizes(x)
@@ -204,13 +208,8 @@ def streams_backward(
     merges, has_dx = merge is not None, dx_next is not None
     plan = streams_plan(tokens, n, channels, count, width, x.dtype, x.device, merges, has_dx)
     dx = torch.empty_like(x)
-    df = dposts = dcombs = dfns = None
-    if merge:
-        df = torch.empty_like(f)
-        dposts = x.new_empty(plan.chunks, tokens, n, dtype=torch.float32)
-        dcombs = x.new_empty(plan.chunks, tokens, n, n, dtype=torch.float32)
-    if count:
-        dfns = (fn.new_empty if tokens else fn.new_zeros)((plan.ranges, *fn.shape))
+    df = torch.empty_like(f) if merge else None
+    dposts, dcombs, dfns = plan.memory.allocate(x)
     if tokens:
         plan.launch(
             x, f, post, comb, fn, dx_next, du, numbers, planes, dx, df, dposts, dcombs, dfns

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .hopper import aligned
 from .launch import PLANS, cdiv, multiprocessors, pieces, sizes
-from .launch_reduce import Shares
 from .run_kernel import Launch, Tiles
+from .shares import Shares, SharesMemory
+from .workspace import Part
 
 # Tokens of a block of channels in the time that it takes to begin one.
 BEGIN = 96
@@ -78,18 +79,8 @@ class HopperPlan(NamedTuple):
     """What all calls of one shape share; see Shares."""
 
     launch: Launch
-    chunks: int
-    channels: int
-    cut: Cut
-
-    def new_dfns(self, fn: Tensor) -> Tensor:
-        """Memory for the shares of d fn."""
-        return fn.new_empty(self.cut.most, *fn.shape)
-
-    def shares(self, dposts: Tensor | None, dcombs: Tensor | None, dfns: Tensor) -> Shares:
-        """What a launch leaves to sum; without a merge there are no dposts and dcombs."""
-        cut = self.cut
-        return Shares(dposts, dcombs, dfns, self.channels, cut.ranges, cut.rest, cut.work)
+    memory: SharesMemory
+    cut: tuple[int, int, int, int]
 
 
 def _plan(
@@ -100,6 +91,7 @@ def _plan(
     n: int,
     channels: int,
     device: torch.device,
+    merges: bool,
 ) -> HopperPlan:
     """Of a kernel with the block sizes of its module."""
     block_t, block_c = module.BLOCK_T, module.BLOCK_C
@@ -116,7 +108,9 @@ def _plan(
         B=block_c,
         num_warps=module.NUM_WARPS,
     )
-    return HopperPlan(launch, chunks, block_c, cut)
+    rows = (2 + n) * n
+    memory = SharesMemory(tokens, n, chunks if merges else 0, (rows, n * channels), cut.most)
+    return HopperPlan(launch, memory, (block_c, cut.ranges, cut.rest, cut.work))
 
 
 @lru_cache(PLANS)
@@ -130,22 +124,20 @@ def hopper_streams_plan(tokens: int, n: int, channels: int, device: torch.device
     numbers = Tiles((tokens, 64), (t, 64), module.NUMBERS_TILE)
     described = (streams, plain, streams, plain, numbers, streams, plain)
     kernel = module.streams_backward_hopper_kernel
-    return _plan(module, kernel, described, tokens, n, channels, device)
+    return _plan(module, kernel, described, tokens, n, channels, device, merges=True)
 
 
 def streams_backward_hopper(
-    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor
+    x: Tensor, f: Tensor, fn: Tensor, dx_next: Tensor, du: Tensor, numbers: Tensor | Part
 ) -> tuple[Tensor, Tensor, Shares]:
     """dx, df and the shares of (dpost, dcomb, dfn), with a merge."""
     tokens, n, channels = sizes(x)
     plan = hopper_streams_plan(tokens, n, channels, x.device)
     dx, df = torch.empty_like(x), torch.empty_like(f)
-    dposts = fn.new_empty(plan.chunks, tokens, n)
-    dcombs = fn.new_empty(plan.chunks, tokens, n, n)
-    dfns = plan.new_dfns(fn)
+    dposts, dcombs, dfns = plan.memory.allocate(x)
     arriving = map(aligned, (x, f, dx_next, du))
     plan.launch(*arriving, numbers, dx, df, fn, dposts, dcombs, dfns)
-    return dx, df, plan.shares(dposts, dcombs, dfns)
+    return dx, df, Shares(dposts, dcombs, dfns, *plan.cut)
 
 
 @lru_cache(PLANS)
@@ -162,15 +154,16 @@ def hopper_pre_plan(tokens: int, n: int, channels: int, device: torch.device) ->
     planes = Tiles((tokens, 64), (t, 2 * rows), module.TILE)
     described = (streams, plain, dz, numbers, planes, streams)
     kernel = module.pre_backward_hopper_kernel
-    return _plan(module, kernel, described, tokens, n, channels, device)
+    return _plan(module, kernel, described, tokens, n, channels, device, merges=False)
 
 
 def pre_backward_hopper(
-    x: Tensor, fn: Tensor, du: Tensor, numbers: Tensor, planes: Tensor
+    x: Tensor, fn: Tensor, du: Tensor, numbers: Tensor | Part, planes: Tensor | Part
 ) -> tuple[Tensor, Shares]:
     """dx and the shares of dfn, without a merge."""
     tokens, n, channels = sizes(x)
     plan = hopper_pre_plan(tokens, n, channels, x.device)
-    dx, dfns = torch.empty_like(x), plan.new_dfns(fn)
+    dx = torch.empty_like(x)
+    _, _, dfns = plan.memory.allocate(x)
     plan.launch(aligned(x), aligned(du), numbers, numbers, planes, dx, fn, dfns)
-    return dx, plan.shares(None, None, dfns)
+    return dx, Shares(None, None, dfns, *plan.cut)

@@ -9,6 +9,8 @@ from torch import Tensor
 from .launch import PLANS, cdiv, sizes
 from .reduce_kernel import reduce_kernel
 from .run_kernel import Launch
+from .shares import Shares
+from .workspace import Part
 
 # Columns and shares that one program of reduce_kernel sums at a time, the same of d fn, which has
 # few shares, and shares of base and scale.
@@ -22,25 +24,8 @@ class MappingParts(NamedTuple):
     comb's [count - n + 2, programs].
     """
 
-    pre: Tensor
-    rest: Tensor
-
-
-class Shares(NamedTuple):
-    """What is left to sum: dpost [chunks, T, n], dcomb [chunks, T, n, n], dfn [most, count, nC].
-
-    A block of ``channels`` channels has ``ranges`` shares of dfn, and one of each piece in which
-    its ``rest`` tiles lie, where those of all blocks, block after block, were cut into pieces of
-    ``work``: ``most`` or fewer together.
-    """
-
-    dpost: Tensor | None
-    dcomb: Tensor | None
-    dfn: Tensor | None
-    channels: int
-    ranges: int
-    rest: int
-    work: int
+    pre: Tensor | Part
+    rest: Tensor | Part
 
 
 @lru_cache(PLANS)

@@ -27,6 +27,7 @@ def _fits(parameter: Tensor, main_grad: Tensor | None) -> bool:
     return (
         main_grad is not None
         and main_grad.dtype == torch.float32
+        and main_grad.device == parameter.device
         and main_grad.shape == parameter.shape
         and main_grad.is_contiguous()
         and parameter.requires_grad

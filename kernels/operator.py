@@ -63,15 +63,19 @@ def operator(
             return None, *first_grad(ctx, *grads)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        eager = type(name, (torch.autograd.Function,), members).apply
-        untraced = torch.compiler.disable(eager)
+        eager = type(name, (torch.autograd.Function,), members)
+        # apply without what torch does in Python before, all of it for functorch's transforms.
+        apply = super(torch.autograd.Function, eager).apply
+        untraced = torch.compiler.disable(eager.apply)
 
         def call(*arguments, parameters=()):
             if parameters and torch.compiler.is_compiling():
                 return untraced(parameters, *arguments)
             if _is_tracing(arguments):
                 return traced(*arguments)
-            return eager(parameters, *arguments)
+            if torch._C._are_functorch_transforms_active():
+                return eager.apply(parameters, *arguments)  # which says that it cannot
+            return apply(parameters, *arguments)
 
         return call
 
@@ -101,5 +105,6 @@ def _is_tracing(arguments: tuple) -> bool:
     """Tracers hand over subclasses of Tensor, also in places where no flag says so."""
     if torch.compiler.is_compiling():
         return True
-    others = set(map(type, arguments)) - _PLAIN
-    return any(issubclass(other, Tensor) for other in others)
+    if _PLAIN.issuperset(map(type, arguments)):
+        return False
+    return any(issubclass(other, Tensor) for other in set(map(type, arguments)) - _PLAIN)

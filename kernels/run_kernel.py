@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .workspace import Part, tensor_of
+
 # What is called below is not public in Triton, so no other minor version is taken on trust: it
 # gets Triton's own launch.
 TESTED_TRITON = "3.6."
@@ -55,7 +57,8 @@ class Tiles:
 
 
 class Launch:
-    """``kernel[grid](*tensors, *numbers, **options)``, on the current stream, of any tensors.
+    """``kernel[grid](*tensors, *numbers, **options)``, on the current stream and device, where the
+    tensors are.
 
     Args:
         numbers: the kernel's arguments between its tensors and its constexprs.
@@ -96,7 +99,7 @@ class Launch:
             key = (id(kernel), kinds, blocks, *options.items())
             _, self._compiled = _compiled.setdefault(key, (kernel, {}))
 
-    def __call__(self, *tensors: Tensor | tuple[Tensor, ...] | None) -> None:
+    def __call__(self, *tensors: Tensor | Part | tuple[Tensor, ...] | None) -> None:
         hooks = triton.knobs.runtime
         listened = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
         if self._compiled is None or listened:
@@ -111,7 +114,7 @@ class Launch:
             elif type(tensor) is tuple:
                 parts = tuple(part.data_ptr() for part in tensor)
                 addresses.append(parts)
-                key.append(tuple((part.dtype, part.get_device()) for part in tensor))
+                key.append(tuple(part.dtype for part in tensor))
                 for part in parts:
                     bits |= part
             else:
@@ -119,7 +122,6 @@ class Launch:
                 bits |= address
                 addresses.append(address)
                 key.append(tensor.dtype)
-                key.append(tensor.get_device())
         # Triton compiles for which addresses are multiples of 16: as a rule, all are.
         if bits % 16:
             key.append(tuple(map(_aligned, addresses)))
@@ -140,6 +142,7 @@ class Launch:
 
     def _by_triton(self, tensors):
         """Triton's own launch, which looks at every argument; returns what it compiled."""
+        tensors = tuple(map(tensor_of, tensors))
         described = tuple(map(Tiles.of, self._tiles, tensors))
         arguments = (*described, *tensors[len(described) :], *self._numbers)
         return self._kernel[self._grid](*arguments, **self._options)
@@ -154,7 +157,7 @@ class Launch:
             if key not in found:
                 if len(found) == MAPS:
                     found.clear()
-                found[key] = make(tile.of(tensor))
+                found[key] = make(tile.of(tensor_of(tensor)))
             arguments += found[key]
         return arguments + addresses[len(maps) :]
 

@@ -37,6 +37,7 @@ class Hopper:
 driver.set_active(Hopper())
 
 from megatron_mhc.kernels import launch_backward_hopper, launch_post_pre_hopper  # noqa: E402
+from megatron_mhc.kernels.workspace import tensor_of  # noqa: E402
 
 
 def idle_barriers(ttgir: str) -> int:
@@ -71,6 +72,7 @@ class CompileOnly:
         self._options = options
 
     def __call__(self, *tensors: torch.Tensor) -> None:
+        tensors = tuple(map(tensor_of, tensors))
         described = [tile.of(tensor) for tile, tensor in zip(self._tiles, tensors)]
         plain = [MockTensor(tensor.dtype) for tensor in tensors[len(described) :]]
         arguments = (*described, *plain, *self._numbers)

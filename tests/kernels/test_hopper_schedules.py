@@ -10,6 +10,7 @@ from gluon_cpu import Deadlock
 from kernel_checks import streams_inputs
 
 from megatron_mhc.kernels import launch_backward_hopper, launch_post_pre_hopper
+from megatron_mhc.kernels.workspace import tensor_of
 
 NUMBERS = (20, 1e-6, 1e-6)
 
@@ -37,7 +38,8 @@ def streams_gradient():
     arguments = x, f, fn, dx_next, du, torch.randn(tokens, 64)
     dx, df, shares = launch_backward_hopper.streams_backward_hopper(*arguments)
     # A block of channels that two programs share has one share more of dfn.
-    return dx, df, shares.dpost, shares.dcomb, shares.dfn.nan_to_num(0.0)
+    dpost, dcomb, dfn = map(tensor_of, shares[:3])
+    return dx, df, dpost, dcomb, dfn.nan_to_num(0.0)
 
 
 def pre_gradient():
@@ -48,7 +50,7 @@ def pre_gradient():
     numbers, planes = torch.randn(tokens, 64), torch.randn(tokens, 64).bfloat16()
     du = torch.randn_like(f)
     dx, shares = launch_backward_hopper.pre_backward_hopper(x, fn, du, numbers, planes)
-    return dx, shares.dfn.nan_to_num(0.0)
+    return dx, tensor_of(shares.dfn).nan_to_num(0.0)
 
 
 @pytest.mark.parametrize("merges", [True, False])

@@ -11,6 +11,7 @@ from triton.backends.nvidia import driver
 
 from megatron_mhc.kernels import run_kernel as module
 from megatron_mhc.kernels.run_kernel import Launch, Tiles
+from megatron_mhc.kernels.workspace import Workspace
 
 
 def copy(source_ptr, target_ptr, size, times, STEP: tl.constexpr):
@@ -41,9 +42,10 @@ class Kernel(triton.runtime.JITFunction):
 
     def __init__(self):
         super().__init__(copy, do_not_specialize=["size"])
-        self.compiled, self.compile = [], Compiled
+        self.compiled, self.compile, self.arguments = [], Compiled, []
 
     def run(self, *arguments, grid, warmup, **options):
+        self.arguments.append(arguments)
         self.compiled.append(self.compile())
         return self.compiled[-1]
 
@@ -58,7 +60,6 @@ def kernel(monkeypatch):
 
 memory = torch.zeros(64, dtype=torch.bfloat16)
 aligned = memory[(-memory.data_ptr() % 16) // 2 :][:16]
-elsewhere = SimpleNamespace(dtype=aligned.dtype, data_ptr=aligned.data_ptr, get_device=lambda: 1)
 
 
 def launch(kernel, *tensors, numbers=(3, 4), grid=(1,), **options):
@@ -117,7 +118,6 @@ def test_a_kernel_with_scratch_memory_gets_tritons_own_launch(kernel):
         ((aligned, None), (2**40, 4), {}),  # 64 bits
         ((aligned, None), (3, 5), {}),  # a value that Triton compiles for
         ((aligned, None), (3, 4.0), {}),
-        ((elsewhere, None), (3, 4), {}),  # another device
         ((aligned, None), (3, 4), {"STEP": 16}),
         ((aligned, None), (3, 4), {"num_warps": 8}),
     ],
@@ -127,6 +127,26 @@ def test_what_triton_compiles_for_is_told_apart(kernel, tensors, numbers, option
     launch(kernel, *tensors, numbers=numbers, **options)
     assert len(kernel.compiled) == 2
     assert not any(compiled.launches for compiled in kernel.compiled)
+
+
+def test_every_device_has_a_kernel_of_its_own(kernel, monkeypatch):
+    launch(kernel, aligned, None)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1)
+    launch(kernel, aligned, None)
+    assert len(kernel.compiled) == 2
+    assert not any(compiled.launches for compiled in kernel.compiled)
+
+
+def test_a_part_of_a_workspace_is_launched_like_a_tensor(kernel):
+    """By Triton as a tensor at its address, then by its address alone."""
+    _, part = Workspace(((3,), torch.float32), ((2, 4), torch.bfloat16)).allocate(aligned)
+    for _ in range(2):
+        launch(kernel, part, None)
+    (by_triton, *_), *rest = kernel.arguments
+    assert not rest
+    assert (by_triton.shape, by_triton.dtype) == ((2, 4), torch.bfloat16)
+    assert by_triton.data_ptr() == part.data_ptr()
+    assert kernel.compiled[0].launches[0][13] == part.data_ptr()
 
 
 def test_other_tritons_and_listeners_get_tritons_own_launch(kernel, monkeypatch):

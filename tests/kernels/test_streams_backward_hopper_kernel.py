@@ -7,6 +7,7 @@ from kernel_checks import relative_error, streams_inputs
 
 from megatron_mhc.kernels import launch_backward_hopper
 from megatron_mhc.kernels.launch_backward_hopper import streams_backward_hopper
+from megatron_mhc.kernels.workspace import tensor_of
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 7])
@@ -24,6 +25,7 @@ def test_gradients_of_one_pass(hopper_on_cpu, tokens, channels, multiprocessors)
     numbers[:, :24] = dz
     numbers[:, 32:58] = torch.cat((post, comb.flatten(1), pre, parts), 1)
     dx, df, shares = streams_backward_hopper(x, f, fn, dx_next, du, numbers)
+    dpost, dcomb, dfn = map(tensor_of, shares[:3])
 
     streams, output = x.double(), f.double()
     merged = post.double()[:, :, None] * output[:, None]
@@ -37,12 +39,12 @@ def test_gradients_of_one_pass(hopper_on_cpu, tokens, channels, multiprocessors)
         torch.einsum("tk,tj->kj", dz.double(), merged.flatten(1)),
     )
     # Where a block of channels has fewer shares of d fn, the rest of them is nobody's.
-    for ours, theirs in zip((dx, df, shares.dfn.nan_to_num(0.0).sum(0)), exact):
+    for ours, theirs in zip((dx, df, dfn.nan_to_num(0.0).sum(0)), exact):
         assert relative_error(ours, theirs) < 5e-3
     # Dot products of X and f with g, which is rounded to 8 bits, and of which dz @ fn is a product
     # of numbers cut to 11 bits.
     sources = torch.cat((streams, output[:, None]), 1)
-    dots = torch.cat((shares.dcomb.sum(0), shares.dpost.sum(0)[:, None]), 1)
+    dots = torch.cat((dcomb.sum(0), dpost.sum(0)[:, None]), 1)
     missed = dots - torch.einsum("tic,toc->tio", sources, g)
     cut = (dz.abs() @ fn.abs()).view(tokens, n, channels).double() * 2**-9
     terms = torch.einsum("tic,toc->tio", sources.abs(), g.abs() * 2**-9 + 1.01 * cut)

@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from megatron_mhc.kernels.run_kernel import Launch
+from megatron_mhc.kernels.workspace import Part, tensor_of
 
 from . import hopper, language
 from .machine import Machine
@@ -86,8 +87,9 @@ class Launcher:
             return Launch(kernel, grid, numbers, tiles, **options)
         program = Program(kernel, self._changes)
 
-        def launch(*tensors: torch.Tensor) -> None:
+        def launch(*tensors: torch.Tensor | Part) -> None:
             self.ran.append(kernel.fn.__name__)
+            tensors = tuple(map(tensor_of, tensors))
             described = [tile.of(tensor) for tile, tensor in zip(tiles, tensors)]
             plain = tensors[len(tiles) :]
             memory = Memory([*tensors[: len(tiles)], *plain])
