@@ -79,6 +79,8 @@ class MappingPlan(NamedTuple):
 
     launch: Launch
     workspace: Workspace
+    blocks: int
+    map_programs: int
 
 
 @lru_cache(PLANS)
@@ -113,7 +115,7 @@ def mapping_plan(
         ((n + 1, blocks), torch.float32),
         ((count - n + 2, map_programs), torch.float32),
     )
-    return MappingPlan(launch, workspace)
+    return MappingPlan(launch, workspace, blocks, map_programs)
 
 
 def mapping_backward(

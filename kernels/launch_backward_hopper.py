@@ -76,10 +76,14 @@ def cut_of(tiles: int, chunks: int, programs: int, begin: int) -> Cut:
 
 
 class HopperPlan(NamedTuple):
-    """What all calls of one shape share; see Shares."""
+    """What all calls of one shape share. chunks, most: as SharesMemory has them. cut: the last four
+    of Shares.
+    """
 
     launch: Launch
     memory: SharesMemory
+    chunks: int
+    most: int
     cut: tuple[int, int, int, int]
 
 
@@ -108,9 +112,10 @@ def _plan(
         B=block_c,
         num_warps=module.NUM_WARPS,
     )
-    rows = (2 + n) * n
-    memory = SharesMemory(tokens, n, chunks if merges else 0, (rows, n * channels), cut.most)
-    return HopperPlan(launch, memory, (block_c, cut.ranges, cut.rest, cut.work))
+    chunks = chunks if merges else 0
+    memory = SharesMemory(tokens, n, chunks, ((2 + n) * n, n * channels), cut.most)
+    shared_out = (block_c, cut.ranges, cut.rest, cut.work)
+    return HopperPlan(launch, memory, chunks, cut.most, shared_out)
 
 
 @lru_cache(PLANS)

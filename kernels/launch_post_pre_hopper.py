@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .backward_ahead import begin_backward
 from .hopper import aligned
 from .launch import PLANS, cdiv, multiprocessors, sizes
 from .launch_state import state_of
@@ -115,6 +116,8 @@ def post_pre_hopper(
     fn, scale, base = mapping
     count, merges = fn.shape[0], merge is not None
     plan = plan_of(tokens, n, channels, count, x.device, merges, iterations, eps, norm_eps)
+    if not plan.launch.compiled:
+        begin_backward(x, merge, mapping, iterations, eps)
     lead = x.shape[:-2]
     kept = (0,) if count == n else lead
     u = x.new_empty(*lead, channels)

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import compile_ahead
 from .workspace import Part, tensor_of
 
 # What is called below is not public in Triton, so no other minor version is taken on trust: it
@@ -140,12 +141,25 @@ class Launch:
         y = grid[1] if len(grid) > 1 else 1
         launch(grid[0], y, 1, stream, *before, None, None, *after, *addresses, *self._last)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernel has been launched with these constants, if for other numbers."""
+        return bool(self._compiled)
+
+    def begin(self, *dtypes: torch.dtype | None) -> None:
+        """Begins to compile for tensors of ``dtypes``, None where there is none."""
+        tensors = [dtype and torch.empty(0, dtype=dtype, device="meta") for dtype in dtypes]
+        compile_ahead.begin(self._kernel, self._grid, self._arguments(tensors), self._options)
+
     def _by_triton(self, tensors):
         """Triton's own launch, which looks at every argument; returns what it compiled."""
-        tensors = tuple(map(tensor_of, tensors))
+        arguments = self._arguments(tuple(map(tensor_of, tensors)))
+        return compile_ahead.launch(self._kernel, self._grid, arguments, self._options)
+
+    def _arguments(self, tensors) -> tuple:
+        """Those of Triton's own launch that are no options."""
         described = tuple(map(Tiles.of, self._tiles, tensors))
-        arguments = (*described, *tensors[len(described) :], *self._numbers)
-        return self._kernel[self._grid](*arguments, **self._options)
+        return (*described, *tensors[len(described) :], *self._numbers)
 
     def _with_maps(self, tensors: tuple, addresses: list, maps: tuple) -> list:
         """The addresses, for each tensor descriptor what the compiled kernel takes instead."""

@@ -16,23 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
+from hopper_driver import Hopper
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
-
-
-class Hopper:
-    """What the compiler asks of a driver."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=None):
-        return 0
-
 
 driver.set_active(Hopper())
 
@@ -66,6 +52,8 @@ def figures(compiled) -> dict:
 
 class CompileOnly:
     """A Launch that compiles."""
+
+    compiled = True  # so that the backward pass is not begun
 
     def __init__(self, kernel, grid, numbers, tiles, **options) -> None:
         self._kernel, self._grid, self._numbers, self._tiles = kernel, grid, numbers, tiles

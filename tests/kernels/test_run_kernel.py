@@ -76,6 +76,14 @@ def test_second_launch_calls_the_compiled_kernel(kernel):
     ]
 
 
+def test_a_launch_is_compiled_after_one_with_the_same_constants(kernel):
+    first, other = (Launch(kernel, (1,), (3, 4), STEP=step, num_warps=4) for step in (8, 16))
+    assert not first.compiled
+    launch(kernel, aligned, None, numbers=(5, 4), num_warps=4)
+    assert first.compiled
+    assert not other.compiled
+
+
 def test_a_tensor_map_is_made_once_for_an_address(kernel, monkeypatch):
     maps, launches = [], []
 

@@ -98,6 +98,7 @@ class Launcher:
             machine = Machine(memory, self._seed, self._resident)
             machine.run(*grid, lambda: program.function(*arguments, **options))
 
+        launch.compiled = True  # there is nothing to compile
         return launch
 
 
