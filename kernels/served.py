@@ -36,11 +36,11 @@ def serves(
     Raises:
         ValueError, RuntimeError: those of ``check`` and of :func:`choose_backend`.
     """
-    kind = None
+    kind, on_gpu = None, False
     # Tracers' shapes need not be numbers.
     if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors)):
         kinds = [(tensor.shape, tensor.dtype, tensor.get_device()) for tensor in tensors]
-        kind = (check, backend, residual_mixing, options, *kinds)
+        kind, on_gpu = (check, backend, residual_mixing, options, *kinds), kinds[0][2] >= 0
         if kind in _served:
             return True
     check(*tensors, *options)
@@ -48,7 +48,7 @@ def serves(
     chosen = choose_backend(
         backend, tensors, n=n, channels=channels, residual_mixing=residual_mixing
     )
-    if chosen == "triton" and kind and tensors[0].is_cuda:
+    if chosen == "triton" and on_gpu:
         if len(_served) == REMEMBERED:
             _served.clear()
         _served.add(kind)

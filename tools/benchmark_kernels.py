@@ -5,20 +5,19 @@
 
 Kernel time is the sum of the kernels' durations (torch.profiler), gradient additions of autograd
 included, medians over repetitions with L2 flushed before each; wall is the time between events
-around forward and backward. Chained wall is that of a chain of applications over their number: a
-backward pass of a single application wakes autograd's thread for it alone. "least" is the floor at
-copy speed: the operator's least traffic (research of the project: X is n units of C elements a
-token, f and u one) over the bandwidth of a device-to-device copy measured in the same run. Writes
-kernels.json, kernels.md and kernels.png.
+around forward and backward. Chained wall is that of a chain of applications over their number, as
+layers are: a backward pass of a single application wakes autograd's thread for it alone. Chained
+host is what the host needs to launch one; where that is more than the kernels, the GPU waits.
+"least" is the floor at copy speed: the operator's least traffic (research of the project: X is n
+units of C elements a token, f and u one) over the bandwidth of a device-to-device copy measured in
+the same run. Writes kernels.json, kernels.md and kernels.png.
 """
 
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import kernel_peers
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from kernel_timing import copy_rate, host, kernel_times, wall  # noqa: E402
 
 from megatron_mhc import kernels  # noqa: E402
 from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool  # noqa: E402
@@ -43,7 +42,6 @@ UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15), "head": (5, 9), "
 UNITS |= {"replay": (10, 0), "replay_4": (28, 0)}
 REPLAYED = {"replay": 1, "replay_4": 4}
 OURS = ("triton", "torch", "compile")
-CHAIN = 8
 
 
 def make_inputs(tokens: int, channels: int) -> dict[str, torch.Tensor]:
@@ -115,14 +113,14 @@ def make_steps(op: str, inputs: dict[str, torch.Tensor], backend: str):
     return lambda: forward(*leaves), lambda: torch.autograd.grad(forward(*leaves), leaves, weights)
 
 
-def make_chain(inputs: dict[str, torch.Tensor], backend: str):
-    """Forward and backward of CHAIN applications, each with parameters of its own, where a
+def make_chain(inputs: dict[str, torch.Tensor], backend: str, length: int):
+    """Forward and backward of ``length`` applications, each with parameters of its own, where a
     sublayer returns what it is given.
     """
     first = [inputs[name].detach().requires_grad_() for name in ("x", "f", "post", "comb")]
     mappings = [
         [inputs[name].clone().requires_grad_() for name in ("fn", "scale", "base")]
-        for _ in range(CHAIN)
+        for _ in range(length)
     ]
     leaves = [*first, *(parameter for mapping in mappings for parameter in mapping)]
     weights = [torch.randn_like(tensor) for tensor in first]
@@ -135,42 +133,6 @@ def make_chain(inputs: dict[str, torch.Tensor], backend: str):
         return torch.autograd.grad((x, f, post, comb), leaves, weights)
 
     return step
-
-
-def wall(step) -> float:
-    """Microseconds between events around ``step``, median."""
-    return round(1e3 * triton.testing.do_bench(step, 50, 200, return_mode="median"), 1)
-
-
-def kernel_times(step, repetitions: int) -> dict[str, float]:
-    """Microseconds a step spends in each kernel, by name: medians, with L2 flushed before."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    marker = "FillFunctor<signed char>"
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(repetitions):
-            flush.fill_(1)
-            step()
-        torch.cuda.synchronize()
-    runs = defaultdict(list)
-    for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and marker not in event.name:
-            runs[event.name].append(event.device_time)
-    sums = {}
-    for name, times in runs.items():
-        launches = len(times) // repetitions
-        steps = [sum(times[i : i + launches]) for i in range(0, len(times), launches or 1)]
-        sums[name] = statistics.median(steps)
-    return sums
-
-
-def copy_rate() -> float:
-    """GB/s of a device-to-device copy, bytes read and written."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / triton.testing.do_bench(lambda: target.copy_(source)) / 1e6
 
 
 def machine() -> dict[str, str]:
@@ -187,13 +149,18 @@ def machine() -> dict[str, str]:
     } | kernel_peers.versions()
 
 
-def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int, rate: float):
+def measure(
+    op: str, tokens: int, channels: int, backend: str, repetitions: int, rate: float, length: int
+):
     """One row of the table; the floor is of the whole operator, forward and backward."""
     inputs = make_inputs(tokens, channels)
     forward, step = make_steps(op, inputs, backend)
-    chained = None
+    chained_wall = chained_host = None
     if op == "post_pre" and backend in ("triton", "torch"):
-        chained = round(wall(make_chain(inputs, backend)) / CHAIN, 1)
+        chain = make_chain(inputs, backend, length)
+        chained_wall = round(wall(chain) / length, 1)
+        chained_host = round(host(chain) / length, 1)
+        del chain
     times = kernel_times(step, repetitions)
     total = sum(times.values())
     forward_us = total
@@ -210,7 +177,8 @@ def measure(op: str, tokens: int, channels: int, backend: str, repetitions: int,
         "forward_us": round(forward_us, 1),
         "backward_us": round(total - forward_us, 1),
         "wall_us": wall(step),
-        "chained_wall_us": chained,
+        "chained_wall_us": chained_wall,
+        "chained_host_us": chained_host,
         "GB/s of least": round(sum(least) * rate / total),
         "% of copy": round(100 * sum(least) / total, 1),
         "% forward": round(100 * least[0] / forward_us, 1),
@@ -272,13 +240,19 @@ def main() -> None:
     backends = (*OURS, *kernel_peers.PEERS)
     parser.add_argument("--backends", nargs="+", default=["triton"], choices=backends)
     parser.add_argument("--repetitions", type=at_least(1), default=20)
+    parser.add_argument(
+        "--chain",
+        type=at_least(1),
+        default=8,
+        help="applications in a chain; a model has two a layer, and each keeps its streams",
+    )
     parser.add_argument("--out", type=Path, default=Path("build/kernels"), help="folder to write")
     arguments = parser.parse_args()
     check_folder(arguments.out, f"--out {arguments.out}")
     check_gpu()
     sizes = arguments.sizes or [(t, c) for t in arguments.tokens for c in arguments.channels]
     rate = copy_rate()
-    about = machine() | {"copy GB/s": round(rate)}
+    about = machine() | {"copy GB/s": round(rate), "chain": arguments.chain}
     print(about)
     rows = []
     for backend in arguments.backends:
@@ -288,7 +262,9 @@ def main() -> None:
             continue
         for tokens, channels in sizes:
             for op in arguments.ops if backend in OURS else ["post_pre"]:
-                row = measure(op, tokens, channels, backend, arguments.repetitions, rate)
+                row = measure(
+                    op, tokens, channels, backend, arguments.repetitions, rate, arguments.chain
+                )
                 rows.append(row)
                 print(row, flush=True)
                 write(rows, about, arguments.out)

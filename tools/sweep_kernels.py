@@ -6,7 +6,8 @@ python tools/sweep_kernels.py --channels 4096
 import argparse
 
 # It also puts the checkout on the path.
-from benchmark_kernels import kernel_times, make_inputs, make_steps
+from benchmark_kernels import make_inputs, make_steps
+from kernel_timing import kernel_times
 from triton.runtime.errors import OutOfResources
 
 from megatron_mhc.command_line import at_least, check_gpu, run_tool

@@ -16,10 +16,6 @@ class Kind:
     dtype: torch.dtype = torch.bfloat16
     device: int = 0
 
-    @property
-    def is_cuda(self):
-        return self.device >= 0
-
     def get_device(self):
         return self.device
 
