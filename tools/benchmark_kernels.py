@@ -7,10 +7,11 @@ Kernel time is the sum of the kernels' durations (torch.profiler), gradient addi
 included, medians over repetitions with L2 flushed before each; wall is the time between events
 around forward and backward. Chained wall is that of a chain of applications over their number, as
 layers are: a backward pass of a single application wakes autograd's thread for it alone. Chained
-host is what the host needs to launch one; where that is more than the kernels, the GPU waits.
-"least" is the floor at copy speed: the operator's least traffic (research of the project: X is n
-units of C elements a token, f and u one) over the bandwidth of a device-to-device copy measured in
-the same run. Writes kernels.json, kernels.md and kernels.png.
+host is what the host needs to launch one; where that is more than the kernels, the GPU waits. "One
+thread" are both where autograd runs a backward pass in the thread that asks for it. "least" is the
+floor at copy speed: the operator's least traffic (research of the project: X is n units of C
+elements a token, f and u one) over the bandwidth of a device-to-device copy measured in the same
+run. Writes kernels.json, kernels.md and kernels.png.
 """
 
 import argparse
@@ -42,6 +43,7 @@ UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15), "head": (5, 9), "
 UNITS |= {"replay": (10, 0), "replay_4": (28, 0)}
 REPLAYED = {"replay": 1, "replay_4": 4}
 OURS = ("triton", "torch", "compile")
+CHAINED = ("chained_wall_us", "chained_host_us", "one_thread_wall_us", "one_thread_host_us")
 
 
 def make_inputs(tokens: int, channels: int) -> dict[str, torch.Tensor]:
@@ -135,6 +137,14 @@ def make_chain(inputs: dict[str, torch.Tensor], backend: str, length: int):
     return step
 
 
+def chain_times(chain, length: int) -> dict[str, float]:
+    """CHAINED of a chain of ``length`` applications: microseconds of one."""
+    times = [wall(chain), host(chain)]
+    with torch.autograd.set_multithreading_enabled(False):
+        times += [wall(chain), host(chain)]
+    return {name: round(time / length, 1) for name, time in zip(CHAINED, times)}
+
+
 def machine() -> dict[str, str]:
     """What a figure needs beside it to be read later."""
     commit = subprocess.run(
@@ -155,12 +165,9 @@ def measure(
     """One row of the table; the floor is of the whole operator, forward and backward."""
     inputs = make_inputs(tokens, channels)
     forward, step = make_steps(op, inputs, backend)
-    chained_wall = chained_host = None
+    chained = dict.fromkeys(CHAINED)
     if op == "post_pre" and backend in ("triton", "torch"):
-        chain = make_chain(inputs, backend, length)
-        chained_wall = round(wall(chain) / length, 1)
-        chained_host = round(host(chain) / length, 1)
-        del chain
+        chained = chain_times(make_chain(inputs, backend, length), length)
     times = kernel_times(step, repetitions)
     total = sum(times.values())
     forward_us = total
@@ -177,8 +184,7 @@ def measure(
         "forward_us": round(forward_us, 1),
         "backward_us": round(total - forward_us, 1),
         "wall_us": wall(step),
-        "chained_wall_us": chained_wall,
-        "chained_host_us": chained_host,
+        **chained,
         "GB/s of least": round(sum(least) * rate / total),
         "% of copy": round(100 * sum(least) / total, 1),
         "% forward": round(100 * least[0] / forward_us, 1),

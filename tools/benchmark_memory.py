@@ -7,8 +7,10 @@ One case is a TransformerBlock of Transformer Engine layers (rotary embeddings, 
 no optimizer), forward and backward. Peak is torch.cuda.max_memory_allocated over a step, less what
 was allocated before it: parameters and their gradients, which exist before the step, do not count.
 The estimate beside it is megatron_mhc.activation_memory's. Busy is the time in which the GPU runs
-anything during a step (torch.profiler): less than the step where it waits for the host. Writes
-memory.json and memory.md into the output folder after every run.
+anything during a step (torch.profiler): less than the step where it waits for the host. "One
+thread" is the step where autograd runs backward passes in the thread that asks for them
+(torch.autograd.set_multithreading_enabled(False)). Writes memory.json and memory.md into the output
+folder after every run.
 """
 
 import argparse
@@ -112,9 +114,22 @@ def build(case: Case, mhc: MHCConfig | None):
     return block
 
 
-def measure(case: Case, mhc: MHCConfig | None, steps: int) -> tuple[int, float, float]:
-    """Peak bytes of a step over what was there before it, the median step in milliseconds, and in
-    how many milliseconds of a step the GPU is busy: fewer where it waits for the host.
+def milliseconds(step, steps: int) -> float:
+    """Median of ``steps`` steps, between events."""
+    times = []
+    for _ in range(steps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(case: Case, mhc: MHCConfig | None, steps: int) -> dict[str, float]:
+    """Peak bytes of a step over what was there before it, and milliseconds: of the step, of one
+    with backward passes in the same thread, and in how many of a step the GPU is busy.
     """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -136,16 +151,13 @@ def measure(case: Case, mhc: MHCConfig | None, steps: int) -> tuple[int, float, 
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    ms = milliseconds(step, steps)
     peak = torch.cuda.max_memory_allocated() - before
-    return peak, statistics.median(times), busy_us(profile_step(step)) / 1e3
+    with torch.autograd.set_multithreading_enabled(False):
+        step()
+        one_thread = milliseconds(step, steps)
+    busy = busy_us(profile_step(step)) / 1e3
+    return {"peak": peak, "ms": ms, "one_thread": one_thread, "busy": busy}
 
 
 def estimate(case: Case, block: int | None, plain: bool) -> float:
@@ -159,8 +171,9 @@ def estimate(case: Case, block: int | None, plain: bool) -> float:
 def table(rows: list[dict]) -> str:
     lines = [
         "| case | run | peak MiB | over plain | estimate MiB | estimate / peak "
-        "| ms / step | over plain | over mHC | busy ms | over plain | over mHC |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| ms / step | over plain | over mHC | one thread, ms | over plain | over mHC "
+        "| busy ms | over plain | over mHC |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         beside = {other["run"]: other for other in rows if other["case"] == row["case"]}
@@ -172,6 +185,8 @@ def table(rows: list[dict]) -> str:
             f"| {row['case']} | {row['run']} | {row['peak'] / 2**20:.0f} | {over('plain', 'peak')} "
             f"| {row['estimate'] / 2**20:.0f} | {row['estimate'] / row['peak']:.3f} "
             f"| {row['ms']:.2f} | {over('plain', 'ms')} | {over('mHC', 'ms')} "
+            f"| {row['one_thread']:.2f} | {over('plain', 'one_thread')} "
+            f"| {over('mHC', 'one_thread')} "
             f"| {row['busy']:.2f} | {over('plain', 'busy')} | {over('mHC', 'busy')} |"
         )
     return "\n".join(lines)
@@ -230,12 +245,11 @@ def main() -> None:
                     recompute=block is not None,
                     recompute_layer_num=block,
                 )
-            peak, ms, busy = measure(case, mhc, args.steps)
+            measured = measure(case, mhc, args.steps)
             gc.collect()
             torch.cuda.empty_cache()
             expected = estimate(case, block, plain)
-            row = {"case": name, "run": run, "peak": peak, "estimate": expected}
-            rows.append(row | {"ms": ms, "busy": busy})
+            rows.append({"case": name, "run": run, "estimate": expected} | measured)
             (args.out / "memory.json").write_text(json.dumps(rows, indent=1))
             (args.out / "memory.md").write_text(table(rows) + "\n")
             print(table(rows).splitlines()[-1], flush=True)
