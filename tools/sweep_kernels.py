@@ -1,6 +1,6 @@
 """Times block sizes of the mHC kernels on a GPU; the chosen ones are launch.CONFIGS.
 
-python tools/sweep_kernels.py --channels 4096
+python tools/sweep_kernels.py --channels 4096 --kernels aggregate_backward
 """
 
 import argparse
@@ -18,7 +18,8 @@ SWEEP = {
     "map": [(64, 64, 8, 3, None), (64, 64, 16, 3, 128), (32, 64, 8, 4, None), (32, 128, 8, 2, None),
             (16, 128, 8, 3, None)],
     "aggregate": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4)],
-    "aggregate_backward": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4)],
+    "aggregate_backward": [(1, 2048, 4), (1, 4096, 8), (1, 1024, 4), (1, 2048, 4, None, 128),
+                           (1, 2048, 4, None, 112), (1, 2048, 8), (1, 2048, 8, None, 80)],
     "replay": [(1, 1024, 4), (1, 512, 2), (1, 2048, 8), (1, 2048, 4), (1, 1024, 8)],
 }  # fmt: skip
 KERNELS = {"map": "merge_map", "replay": "merge_aggregate"}
@@ -44,10 +45,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=at_least(1), default=8192)
     parser.add_argument("--channels", type=at_least(1), default=4096)
+    choices = [*SWEEP, "reduce"]
+    parser.add_argument("--kernels", nargs="+", choices=choices, default=choices)
     arguments = parser.parse_args()
     check_gpu()
     inputs = make_inputs(arguments.tokens, arguments.channels)
     for name, entries in SWEEP.items():
+        if name not in arguments.kernels:
+            continue
         chosen = launch.CONFIGS[name]
         for entry in entries:
             options = {key: value for key, value in zip(TILES, entry) if value is not None}
@@ -56,7 +61,7 @@ def main() -> None:
             op = "replay_4" if name == "replay" else "post_pre"
             show(f"{name} {options}", inputs, kernel, op)
         launch.CONFIGS[name] = chosen
-    for block, shares in REDUCE:
+    for block, shares in REDUCE if "reduce" in arguments.kernels else ():
         launch_reduce.REDUCE_BLOCK, launch_reduce.REDUCE_SHARES = block, shares
         show(f"reduce {block} columns, {shares} shares", inputs, "reduce")
 
