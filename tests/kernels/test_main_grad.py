@@ -140,11 +140,15 @@ def transposed(fn):
     fn.main_grad = fn.main_grad.t().contiguous().t()
 
 
+def elsewhere(fn):
+    fn.main_grad = fn.main_grad.to("meta")
+
+
 def fsdp(fn):
     fn.__fsdp_param__ = True
 
 
-@pytest.mark.parametrize("change", [missing, in_bfloat16, sharded, transposed, fsdp])
+@pytest.mark.parametrize("change", [missing, in_bfloat16, sharded, transposed, elsewhere, fsdp])
 def test_gradients_are_returned_where_one_cannot_be_added(change):
     parameters = make_parameters("pre", torch.float32)
     plain = [torch.nn.Parameter(parameter.data) for parameter in parameters]

@@ -65,6 +65,17 @@ def test_a_second_derivative_is_refused(name):
         torch.autograd.grad(loss, x, create_graph=True)
 
 
+def test_functorchs_transforms_are_refused():
+    """Not run on their wrappers, which are of Tensor's own type."""
+    x, f, post, comb, *_ = streams_inputs((3,), 4, 8, torch.float32)
+
+    def loss(x):
+        return kernels.mhc_post(x, f, post, comb, backend="triton").sum()
+
+    with pytest.raises(RuntimeError, match="functorch transforms .* must override the setup_conte"):
+        torch.func.grad(loss)(x)
+
+
 def test_it_runs_on_the_streams_device(monkeypatch):
     """Not on the current one."""
     taken = []
