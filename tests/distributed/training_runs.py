@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,13 +92,8 @@ def environment() -> dict[str, str]:
     return {**mine, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-def train(*flags: object, until: str = "", **how) -> Run:
-    """Run the script to its end.
-
-    Args:
-        flags, how: :func:`command`'s.
-        until: kill it, and all that it started, when it has printed this.
-    """
+def train(*flags: object, **how) -> Run:
+    """Run the script to its end, or for TIMEOUT; flags and how are :func:`command`'s."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             command(*flags, **how),
@@ -109,7 +103,8 @@ def train(*flags: object, until: str = "", **how) -> Run:
             start_new_session=True,
         )
         try:
-            _wait(process, log.fileno(), until)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TIMEOUT)
         finally:
             # Megatron's checkpoint writer is a process that outlives a killed trainer.
             with contextlib.suppress(ProcessLookupError):
@@ -117,15 +112,6 @@ def train(*flags: object, until: str = "", **how) -> Run:
         code = process.wait()
         log.seek(0)
         return Run(code, log.read())
-
-
-def _wait(process: subprocess.Popen, log: int, until: str) -> None:
-    """Until the process ends, TIMEOUT is over, or ``until`` is in the log."""
-    end = time.monotonic() + TIMEOUT
-    while process.poll() is None and time.monotonic() < end:
-        if until and until in os.pread(log, 1 << 20, 0).decode():
-            return
-        time.sleep(0.02)
 
 
 def saved_tensors(folder: Path, step: int) -> dict[str, torch.Tensor]:

@@ -1,11 +1,15 @@
-"""Runs a training script and kills its process in the middle of one checkpoint's save.
+"""Runs a training script and kills its process at one point, from within: nothing else is sure to
+be in time.
 
-    python kill_in_save.py POINT STEP SCRIPT FLAGS...
+    python kill_training.py POINT STEP SCRIPT FLAGS...
 
-POINT "shard": while the weights are written, so that their file is cut off. POINT "tracker": the
-checkpoint is whole, the file that names it was opened, which empties it, and not yet written.
+POINT "training": the step is done, its loss is printed. The others are in the middle of saving the
+step's checkpoint. POINT "shard": while the weights are written, so that their file is cut off.
+POINT "tracker": the checkpoint is whole, the file that names it was opened, which empties it, and
+not yet written.
 """
 
+import builtins
 import functools
 import os
 import runpy
@@ -24,6 +28,18 @@ job = os.getpid()
 def kill() -> None:
     os.kill(job, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_training(step: int) -> None:
+    write = print
+
+    def print_or_kill(*values, **how) -> None:
+        write(*values, **how)
+        if f" iteration {step:8d}/" in " ".join(map(str, values)):
+            sys.stdout.flush()
+            kill()
+
+    builtins.print = print_or_kill
 
 
 def kill_in_shard(step: int) -> None:
@@ -56,6 +72,7 @@ def kill_in_tracker(step: int) -> None:
 
 if __name__ == "__main__":
     point, step, script, *flags = sys.argv[1:]
-    {"shard": kill_in_shard, "tracker": kill_in_tracker}[point](int(step))
+    points = {"training": kill_in_training, "shard": kill_in_shard, "tracker": kill_in_tracker}
+    points[point](int(step))
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
