@@ -1,9 +1,8 @@
 """Kernels compiled by other threads, before the launch that needs them asks for it.
 
-The compiler lets Python go on during its passes, and ptxas is another process: on two cores, what
-one application takes, forward and backward, compiles in 3 s for 4.6 one after the other. Triton
-itself would wait for all of it at the end of its ``AsyncCompileMode``; here every launch waits for
-its own kernel alone.
+The compiler lets Python go on during its passes, and ptxas is another process, so that several
+kernels compile at once. Triton itself would wait for all of them at the end of its
+``AsyncCompileMode``; here every launch waits for its own kernel alone.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Memory that the launches of one call leave to each other: one allocation for all of it.
 
-An allocation takes a host 1 to 5 us, and a backward pass needs seven such tensors.
+An allocation costs a host microseconds, and a backward pass needs seven such tensors.
 """
 
 import math
