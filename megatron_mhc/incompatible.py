@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .cuda_graph import FULL_ITERATION
 from .errors import UserError
 
 RECOMPUTE_MODULES = {"core_attn", "mlp", "moe", "shared_experts"}
@@ -54,6 +55,14 @@ def _with_combined_1f1b(name: str) -> Callable[[argparse.Namespace], object]:
     return used
 
 
+def _with_full_iteration(name: str, fine: object) -> Callable[[argparse.Namespace], object]:
+    def used(args: argparse.Namespace) -> object:
+        graph = getattr(args, "cuda_graph_impl", None) == FULL_ITERATION
+        return getattr(args, name) if graph and getattr(args, name) not in (None, fine) else None
+
+    return used
+
+
 def _unsaved_optimizer(args: argparse.Namespace) -> object:
     """--save, where Megatron's optimizer of a 16-bit model has no place for float32 parameters."""
     half = getattr(args, "bf16", False) or getattr(args, "fp16", False)
@@ -90,7 +99,28 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
     ),
     Incompatibility("--mtp-num-layers", _set("mtp_num_layers"), _LEAVE_OUT),
     Incompatibility("--fp32-residual-connection", _set("fp32_residual_connection"), _LEAVE_OUT),
-    Incompatibility("--cuda-graph-impl", _other_than("cuda_graph_impl", None, "none"), "use none"),
+    Incompatibility(
+        "--cuda-graph-impl",
+        _other_than("cuda_graph_impl", None, "none", FULL_ITERATION),
+        "a layer's graph takes plain tensors, not streams whose merge is deferred; use "
+        f"{FULL_ITERATION}, or none",
+    ),
+    Incompatibility(
+        "--pipeline-model-parallel-size",
+        _with_full_iteration("pipeline_model_parallel_size", 1),
+        f"--cuda-graph-impl {FULL_ITERATION} cannot capture a pipeline's boundaries; use 1",
+    ),
+    Incompatibility(
+        "--mhc-log-gain-interval",
+        _with_full_iteration("mhc_log_gain_interval", 0),
+        f"--cuda-graph-impl {FULL_ITERATION} replays no Python, where gains are taken; use 0",
+    ),
+    Incompatibility(
+        "--num-experts",
+        _with_full_iteration("num_experts", None),
+        f"--cuda-graph-impl {FULL_ITERATION} cannot capture counts of tokens that the host reads; "
+        "leave one of them out",
+    ),
     Incompatibility("--enable-cuda-graph", _set("enable_cuda_graph"), _LEAVE_OUT),
     Incompatibility("--external-cuda-graph", _set("external_cuda_graph"), _LEAVE_OUT),
     Incompatibility(

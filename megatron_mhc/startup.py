@@ -13,7 +13,7 @@ from megatron.training.config import PretrainConfigContainer
 
 from megatron_mhc import kernels, patches
 
-from . import cpu_arguments
+from . import cpu_arguments, cuda_graph
 from .arguments import add_mhc_args, validate_mhc_args
 from .checkpoint_guard import check_checkpoint
 from .config import MHCConfig
@@ -122,12 +122,15 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     args = _parse()
     refuse_unsupported_data(args)
     refuse_undivided_attention(args)
+    cuda_graph.refuse_uncapturable(args)
     mhc = validate_mhc_args(args)
     refuse_missing_data(args)
     model = gpt_config_from_args(args)
     lines = [_model_line(args, mhc)]
     if mhc is not None and mhc.recompute:
         lines.append(describe_blocks(mhc, _stage_layers(model.transformer)))
+    if args.cuda_graph_impl == cuda_graph.FULL_ITERATION:
+        lines.append(cuda_graph.describe(args))
     lines += check_checkpoint(args)
     used = {
         "--mhc-recompute": mhc is not None and mhc.recompute,

@@ -7,11 +7,11 @@ Kernel time is the sum of the kernels' durations (torch.profiler), gradient addi
 included, medians over repetitions with L2 flushed before each; wall is the time between events
 around forward and backward. Chained wall is that of a chain of applications over their number, as
 layers are: a backward pass of a single application wakes autograd's thread for it alone. Chained
-host is what the host needs to launch one; where that is more than the kernels, the GPU waits. "One
-thread" are both where autograd runs a backward pass in the thread that asks for it. "least" is the
-floor at copy speed: the operator's least traffic (research of the project: X is n units of C
-elements a token, f and u one) over the bandwidth of a device-to-device copy measured in the same
-run. Writes kernels.json, kernels.md and kernels.png.
+host is what the host needs to launch one; where that is more than the kernels, the GPU waits. Graph
+is the wall of one application captured as a CUDA graph, without the host. "least" is the floor at
+copy speed: the operator's least traffic (research of the project: X is n units of C elements a
+token, f and u one) over the bandwidth of a device-to-device copy measured in the same run. Writes
+kernels.json, kernels.md and kernels.png.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from kernel_timing import copy_rate, host, kernel_times, wall  # noqa: E402
+from kernel_timing import as_graph, copy_rate, host, kernel_times, wall  # noqa: E402
 
 from megatron_mhc import kernels  # noqa: E402
 from megatron_mhc.command_line import at_least, check_folder, check_gpu, run_tool  # noqa: E402
@@ -43,7 +43,7 @@ UNITS = {"post": (9, 14), "pre": (5, 9), "post_pre": (10, 15), "head": (5, 9), "
 UNITS |= {"replay": (10, 0), "replay_4": (28, 0)}
 REPLAYED = {"replay": 1, "replay_4": 4}
 OURS = ("triton", "torch", "compile")
-CHAINED = ("chained_wall_us", "chained_host_us", "one_thread_wall_us", "one_thread_host_us")
+CHAINED = ("chained_wall_us", "chained_host_us")
 
 
 def make_inputs(tokens: int, channels: int) -> dict[str, torch.Tensor]:
@@ -139,10 +139,9 @@ def make_chain(inputs: dict[str, torch.Tensor], backend: str, length: int):
 
 def chain_times(chain, length: int) -> dict[str, float]:
     """CHAINED of a chain of ``length`` applications: microseconds of one."""
-    times = [wall(chain), host(chain)]
-    with torch.autograd.set_multithreading_enabled(False):
-        times += [wall(chain), host(chain)]
-    return {name: round(time / length, 1) for name, time in zip(CHAINED, times)}
+    return {
+        name: round(time / length, 1) for name, time in zip(CHAINED, (wall(chain), host(chain)))
+    }
 
 
 def machine() -> dict[str, str]:
@@ -185,6 +184,7 @@ def measure(
         "backward_us": round(total - forward_us, 1),
         "wall_us": wall(step),
         **chained,
+        "graph_us": wall(as_graph(step)) if backend == "triton" else None,
         "GB/s of least": round(sum(least) * rate / total),
         "% of copy": round(100 * sum(least) / total, 1),
         "% forward": round(100 * least[0] / forward_us, 1),

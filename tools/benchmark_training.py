@@ -41,7 +41,14 @@ PRECISIONS = {
     "fp8-tensorwise": ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"],
     "fp8-blockwise": ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"],
 }
-CASES = [f"{model}-{precision}" for precision in PRECISIONS for model in ("plain", "mhc")]
+GRAPH = "-graph"
+"""Ends the name of a case whose forward and backward passes are one CUDA graph."""
+CASES = [
+    f"{model}-{precision}{graph}"
+    for precision in PRECISIONS
+    for graph in ("", GRAPH)
+    for model in ("plain", "mhc")
+]
 PRELOAD = """
 import runpy, sys
 sys.path.insert(0, sys.argv[1])
@@ -97,10 +104,14 @@ def command(args, case: str, folder: Path) -> list[str]:
     words += ["--disable-bias-linear", "--untie-embeddings-and-output-weights"]
     words += ["--no-create-attention-mask-in-dataloader", "--use-distributed-optimizer"]
     words += ["--no-gradient-accumulation-fusion"]
-    words += PRECISIONS[precision]
+    words += PRECISIONS[precision.removesuffix(GRAPH)]
     if model == "mhc":
-        words += ["--mhc", "--mhc-log-gain-interval", str(args.steps // 6)]
-        words += ["--mhc-backend", args.backend]
+        words += ["--mhc", "--mhc-backend", args.backend]
+    if case.endswith(GRAPH):
+        words += ["--cuda-graph-impl", "full_iteration", "--te-rng-tracker"]
+        words += ["--no-check-for-nan-in-loss-and-grad"]
+    elif model == "mhc":
+        words += ["--mhc-log-gain-interval", str(args.steps // 6)]
     for name, value in flags.items():
         words += [f"--{name}", str(value)]
     return words
@@ -194,7 +205,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="prefix given to prepare_data.py")
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    default = [case for case in CASES if not case.endswith(GRAPH)]
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=default)
     parser.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="--mhc-backend of the mHC runs [auto]"
     )

@@ -26,6 +26,18 @@ def host(step) -> float:
     return statistics.median(times)
 
 
+def as_graph(step):
+    """``step`` captured as a CUDA graph: a call replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what a first call allocates and compiles is not to be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
 def kernel_times(step, repetitions: int) -> dict[str, float]:
     """Microseconds a step spends in each kernel, by name: medians, with L2 flushed before."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")

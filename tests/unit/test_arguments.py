@@ -90,7 +90,19 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             r"--mtp-num-layers 1: does not work with --mhc yet; leave it out with --mhc",
         ),
         ("--mhc --fp32-residual-connection", r"--fp32-residual-connection: does not work"),
-        ("--mhc --cuda-graph-impl local", r"--cuda-graph-impl local: .*; use none"),
+        ("--mhc --cuda-graph-impl local", r"--cuda-graph-impl local: .*; use full_iteration, or"),
+        (
+            "--mhc --cuda-graph-impl full_iteration --pipeline-model-parallel-size 2",
+            r"--pipeline-model-parallel-size 2: .* --cuda-graph-impl full_iteration .*; use 1",
+        ),
+        (
+            "--mhc --cuda-graph-impl full_iteration --mhc-log-gain-interval 5",
+            r"--mhc-log-gain-interval 5: does not .*--cuda-graph-impl full_iteration .*; use 0",
+        ),
+        (
+            "--mhc --cuda-graph-impl full_iteration --num-experts 4",
+            r"--num-experts 4: .* --cuda-graph-impl full_iteration",
+        ),
         ("--mhc --transformer-impl inference_optimized", r"--transformer-impl inference_optimized"),
         (
             "--mhc --recompute-granularity selective --recompute-modules mla_up_proj mlp",
@@ -144,6 +156,10 @@ def test_every_refused_flag_is_one_of_megatrons(parser):
 
     known = {option for action in parser._actions for option in action.option_strings}
     assert {row.flag for row in INCOMPATIBLE} <= known
+
+
+def test_a_whole_iteration_can_be_a_graph(parser):
+    assert validate(parser, "--mhc", "--cuda-graph-impl", "full_iteration") == MHCConfig()
 
 
 def test_refused_features_are_fine_without_mhc(parser):
