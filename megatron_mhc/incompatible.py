@@ -121,6 +121,7 @@ INCOMPATIBLE: tuple[Incompatibility, ...] = (
         f"--cuda-graph-impl {FULL_ITERATION} cannot capture counts of tokens that the host reads; "
         "leave one of them out",
     ),
+    Incompatibility("--optimizer-cuda-graph", _set("optimizer_cuda_graph"), _LEAVE_OUT),
     Incompatibility("--enable-cuda-graph", _set("enable_cuda_graph"), _LEAVE_OUT),
     Incompatibility("--external-cuda-graph", _set("external_cuda_graph"), _LEAVE_OUT),
     Incompatibility(

@@ -103,6 +103,7 @@ def test_no_mhc_and_one_stream_are_the_plain_model(parser, words):
             "--mhc --cuda-graph-impl full_iteration --num-experts 4",
             r"--num-experts 4: .* --cuda-graph-impl full_iteration",
         ),
+        ("--mhc --optimizer-cuda-graph", r"--optimizer-cuda-graph: does not work with --mhc yet"),
         ("--mhc --transformer-impl inference_optimized", r"--transformer-impl inference_optimized"),
         (
             "--mhc --recompute-granularity selective --recompute-modules mla_up_proj mlp",
