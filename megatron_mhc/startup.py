@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.config import PretrainConfigContainer
+from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_mhc import kernels, patches
 
@@ -51,6 +52,13 @@ def _parse() -> argparse.Namespace:
         f"{CONNECTIONS} {value}: with --tensor-model-parallel-size or --context-parallel-size "
         f"above 1 Megatron wants 1 on GPUs before Blackwell; export {CONNECTIONS}=1"
     )
+
+
+def _model_config(args: argparse.Namespace) -> GPTModelConfig:
+    model = gpt_config_from_args(args)
+    # Megatron 0.19.2 has this flag and forgets it: every model would be scaled by 8.
+    model.rope_scaling_factor = args.rope_scaling_factor
+    return model
 
 
 def _model_line(args: argparse.Namespace, mhc: MHCConfig | None) -> str:
@@ -125,7 +133,7 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
     cuda_graph.refuse_uncapturable(args)
     mhc = validate_mhc_args(args)
     refuse_missing_data(args)
-    model = gpt_config_from_args(args)
+    model = _model_config(args)
     lines = [_model_line(args, mhc)]
     if mhc is not None and mhc.recompute:
         lines.append(describe_blocks(mhc, _stage_layers(model.transformer)))

@@ -179,3 +179,14 @@ def test_layers_of_every_pipeline_stage(settings, expected):
         **settings,
     )
     assert _stage_layers(config) == expected
+
+
+def test_the_factor_of_scaled_positions_reaches_the_model(monkeypatch):
+    environment.prepare()
+    from megatron_mhc import startup
+
+    forgets = SimpleNamespace(rope_scaling=True, rope_scaling_factor=8.0)
+    monkeypatch.setattr(startup, "gpt_config_from_args", lambda args: forgets)
+    assert (
+        startup._model_config(SimpleNamespace(rope_scaling_factor=32.0)).rope_scaling_factor == 32
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints between Megatron's format and Hugging Face's, plain and with mHC."""

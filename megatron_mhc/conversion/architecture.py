@@ -1,0 +1,222 @@
+"""What a model is, apart from its weights: as Megatron's arguments and as a Hugging Face config."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Llama: RMSNorm, RoPE, SwiGLU, grouped queries, no biases; with mHC where ``mhc`` is set.
+
+    Attributes:
+        vocabulary: rows of the embedding. positions: longest sequence, tokens.
+        head_channels: channels of one attention head. groups: key-value heads.
+        rope_scaling: Llama 3.1's factor for its longer contexts; None is plain RoPE.
+        tied: the embedding is the output layer too.
+    """
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_channels: int
+    vocabulary: int
+    positions: int
+    norm_eps: float
+    rope_base: float
+    rope_scaling: float | None
+    tied: bool
+    mhc: MHCConfig | None
+
+    def flags(self) -> dict[str, object]:
+        """Flags of examples/pretrain_gpt.py that train it; True for a switch."""
+        flags = {
+            "num-layers": self.layers,
+            "hidden-size": self.hidden,
+            "ffn-hidden-size": self.ffn,
+            "num-attention-heads": self.heads,
+            "kv-channels": self.head_channels,
+            "max-position-embeddings": self.positions,
+            "seq-length": self.positions,
+            "normalization": "RMSNorm",
+            "norm-epsilon": self.norm_eps,
+            "position-embedding-type": "rope",
+            "rotary-base": int(self.rope_base),
+            "swiglu": True,
+            "disable-bias-linear": True,
+        }
+        if self.groups != self.heads:
+            flags |= {"group-query-attention": True, "num-query-groups": self.groups}
+        if self.rope_scaling is not None:
+            flags |= {"use-rope-scaling": True, "rope-scaling-factor": self.rope_scaling}
+        if not self.tied:
+            flags["untie-embeddings-and-output-weights"] = True
+        if self.mhc is not None:
+            flags |= {
+                "mhc": True,
+                "mhc-num-residual-streams": self.mhc.num_streams,
+                "mhc-sinkhorn-iterations": self.mhc.sinkhorn_iterations,
+                "mhc-eps": self.mhc.eps,
+            }
+        return flags
+
+
+def _is(*fine: object) -> Callable[[object], bool]:
+    return lambda value: value in fine
+
+
+_NOT_SET = _is(None, False)
+# Megatron argument: what a Llama has, for the check and in words.
+_MEGATRON: dict[str, tuple[Callable[[object], bool], str]] = {
+    "normalization": (_is("RMSNorm"), "RMSNorm"),
+    "swiglu": (_is(True), "--swiglu"),
+    "add_bias_linear": (_NOT_SET, "--disable-bias-linear"),
+    "add_qkv_bias": (_NOT_SET, "none"),
+    "qk_layernorm": (_NOT_SET, "none"),
+    "qk_l2_norm": (_NOT_SET, "none"),
+    "position_embedding_type": (_is("rope"), "rope"),
+    "rotary_percent": (_is(1.0), "1.0"),
+    "rotary_interleaved": (_NOT_SET, "none"),
+    "rotary_seq_len_interpolation_factor": (_NOT_SET, "none"),
+    "layernorm_zero_centered_gamma": (_NOT_SET, "none"),
+    "apply_residual_connection_post_layernorm": (_NOT_SET, "none"),
+    "use_mup": (_NOT_SET, "none"),
+    "num_experts": (_NOT_SET, "a dense model"),
+    "multi_latent_attention": (_NOT_SET, "none"),
+    "attention_output_gate": (_NOT_SET, "none"),
+    "softmax_type": (_is(None, "vanilla"), "vanilla"),
+    "window_size": (_NOT_SET, "none"),
+    "no_rope_freq": (_NOT_SET, "none"),
+    "mtp_num_layers": (_is(None, 0), "none"),
+    "experimental_attention_variant": (_NOT_SET, "none"),
+    "hybrid_layer_pattern": (_NOT_SET, "none"),
+}
+# Hugging Face config: the same.
+_HUGGING_FACE: dict[str, tuple[Callable[[object], bool], str]] = {
+    "hidden_act": (_is("silu"), "silu"),
+    "attention_bias": (_NOT_SET, "no bias"),
+    "mlp_bias": (_NOT_SET, "no bias"),
+}
+ROPE_SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Of Llama 3.1 and later, beside the factor; Megatron has these numbers in its code."""
+MODEL_TYPES = ("llama", "mhc_llama")
+
+
+def _refuse(source: str, problems: list[str]) -> None:
+    if problems:
+        lines = "\n".join(problems)
+        raise UserError(f"{source}: only Llamas, plain or with mHC, are converted\n{lines}")
+
+
+def from_megatron(args, source: str) -> Architecture:
+    """The architecture of a checkpoint's arguments.
+
+    Args:
+        args: the ``args`` that Megatron saved with it. source: its folder, for errors.
+
+    Raises:
+        UserError: names each argument that no Llama has, its value and what a Llama's is.
+    """
+    problems = [
+        f"--{name.replace('_', '-')} {getattr(args, name)}: a Llama has {words}"
+        for name, (fine, words) in _MEGATRON.items()
+        if not fine(getattr(args, name, None))
+    ]
+    mhc = None
+    if getattr(args, "mhc", False) and args.mhc_num_residual_streams > 1:
+        if args.mhc_residual_mixing != "sinkhorn":
+            problems.append(
+                f"--mhc-residual-mixing {args.mhc_residual_mixing}: transformers has sinkhorn"
+            )
+        mhc = MHCConfig(
+            num_streams=args.mhc_num_residual_streams,
+            sinkhorn_iterations=args.mhc_sinkhorn_iterations,
+            eps=args.mhc_eps,
+        )
+    _refuse(source, problems)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    return Architecture(
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        groups=groups,
+        head_channels=args.kv_channels or args.hidden_size // args.num_attention_heads,
+        vocabulary=args.padded_vocab_size,
+        positions=args.max_position_embeddings,
+        norm_eps=args.layernorm_epsilon,
+        rope_base=float(args.rotary_base),
+        rope_scaling=args.rope_scaling_factor if args.use_rope_scaling else None,
+        tied=not args.untie_embeddings_and_output_weights,
+        mhc=mhc,
+    )
+
+
+def from_hugging_face(config: dict, source: str) -> Architecture:
+    """The architecture of a config.json.
+
+    Args:
+        config: its content. source: the folder, for errors.
+
+    Raises:
+        UserError: it is no Llama's, or names what Megatron's flags cannot say.
+    """
+    problems = []
+    if config.get("model_type") not in MODEL_TYPES:
+        problems.append(
+            f"model_type {config.get('model_type')}: expected {' or '.join(MODEL_TYPES)}"
+        )
+    problems += [
+        f"{name} {config[name]}: expected {words}"
+        for name, (fine, words) in _HUGGING_FACE.items()
+        if name in config and not fine(config[name])
+    ]
+    # transformers 5 keeps the base of RoPE in rope_parameters, 4 beside a rope_scaling.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if kind == "llama3":
+        scaling = float(rope["factor"])
+        problems += [
+            f"{name} {rope.get(name)}: expected {value}, which Megatron has in its code"
+            for name, value in ROPE_SCALING.items()
+            if name != "rope_type" and rope.get(name) != value
+        ]
+    elif kind != "default":
+        problems.append(f"rope_type {kind}: expected default or llama3")
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if base != int(base):
+        problems.append(f"rope_theta {base}: --rotary-base takes whole numbers")
+    _refuse(source, problems)
+    mhc = None
+    if config["model_type"] == "mhc_llama":
+        mhc = MHCConfig(
+            num_streams=config["hc_mult"],
+            sinkhorn_iterations=config["hc_sinkhorn_iters"],
+            eps=config["hc_eps"],
+        )
+    heads = config["num_attention_heads"]
+    return Architecture(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        ffn=config["intermediate_size"],
+        heads=heads,
+        groups=config.get("num_key_value_heads") or heads,
+        head_channels=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        positions=config.get("max_position_embeddings", 2048),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_base=float(base),
+        rope_scaling=scaling,
+        tied=config.get("tie_word_embeddings", False),
+        mhc=mhc,
+    )

@@ -1,0 +1,167 @@
+"""From one format to the other: every tensor accounted for, written aside and renamed."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_mhc.config import MHCConfig
+from megatron_mhc.errors import UserError
+
+from . import megatron_folder
+from .architecture import Architecture, from_hugging_face, from_megatron
+from .hugging_face_folder import HuggingFaceFolder, Writer, write_config
+from .megatron_folder import MegatronCheckpoint
+from .tensors import EMBEDDING, OUTPUT, Place, places
+
+REPORT = "conversion_report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A conversion that is over.
+
+    Attributes:
+        megatron, hugging_face: the folders, one of which is new; megatron is the iteration's.
+        tensors: how many of Megatron's were converted.
+    """
+
+    model: Architecture
+    megatron: Path
+    hugging_face: Path
+    tensors: int
+
+
+@contextlib.contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name at the end; a cut-off one is begun anew."""
+    if out.exists():
+        raise UserError(f"--out {out}: exists; give a new folder")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(out)
+
+
+def _report(folder: Path, source: Path, model: Architecture, lines: list[dict], **more) -> None:
+    content = {"from": str(source), "model": dataclasses.asdict(model), **more, "tensors": lines}
+    (folder / REPORT).write_text(json.dumps(content, indent=1))
+
+
+def _line(place: Place, tensor: Tensor) -> dict:
+    return {
+        "megatron": place.key,
+        "layer": place.layer,
+        "hugging_face": place.names,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
+
+
+def to_hugging_face(load: Path, out: Path, step: int | None = None) -> Converted:
+    """Export a Megatron checkpoint: layer by layer, in the dtypes that it has.
+
+    Args:
+        load: a --save folder. step: its iteration; None is the latest. out: a new folder.
+
+    Raises:
+        UserError: no such checkpoint, no Llama, tensors missing or left over, ``out`` exists.
+    """
+    megatron_folder.start()
+    checkpoint = MegatronCheckpoint(load, step)
+    model = from_megatron(checkpoint.args, f"--load {checkpoint.path}")
+    wanted = places(model)
+    checkpoint.check(model, wanted)
+    with _aside(out) as folder:
+        writer, lines = Writer(folder), []
+        for _, together in groupby(wanted, lambda place: place.layer):
+            for place, tensor in checkpoint.read(list(together)).items():
+                lines.append(_line(place, tensor))
+                for name, part in zip(place.names, place.split(tensor), strict=True):
+                    writer.add(name, part)
+        writer.finish()
+        write_config(folder, model, checkpoint.dtypes[wanted[0].key])
+        _report(folder, checkpoint.path, model, lines)
+    return Converted(model, checkpoint.path, out, len(lines))
+
+
+def to_megatron(hf: Path, out: Path, mhc: MHCConfig | None = None) -> Converted:
+    """Import a Hugging Face folder as iteration 0 of a --save folder, for --pretrained-checkpoint.
+
+    Args:
+        hf: a Llama's folder, or one that :func:`to_hugging_face` made. out: a new folder.
+        mhc: give a plain Llama streams, with mappings at their initial values, where the model
+            computes what it did (to mhc.eps).
+
+    Raises:
+        UserError: no Llama, tensors missing or left over, streams twice, ``out`` exists.
+    """
+    source = HuggingFaceFolder(hf)
+    model = from_hugging_face(source.config, f"--hf {hf}")
+    if mhc is not None and model.mhc is not None:
+        raise UserError(f"--mhc: {hf} has {model.mhc.num_streams} streams already; leave it out")
+    initial = {}
+    if mhc is not None:
+        model = dataclasses.replace(model, mhc=mhc)
+        initial = {place: _initial(model, place) for place in places(model) if place.in_float32}
+    megatron_folder.start()
+    names = {name for place in places(model) if place not in initial for name in place.names}
+    left_out = _left_out(source, model, names)
+    tensors = {}
+    for place in places(model):
+        if place in initial:
+            tensors[place] = initial[place]
+            continue
+        tensor = place.join([source.read(name) for name in place.names])
+        if tuple(tensor.shape) != place.shape:
+            raise UserError(
+                f"--hf {hf}: {' + '.join(place.names)}: {tuple(tensor.shape)}, "
+                f"expected {place.shape}"
+            )
+        tensors[place] = tensor.float() if place.in_float32 else tensor
+    with _aside(out) as folder:
+        megatron_folder.write(folder, model, tensors)
+        lines = [_line(place, tensor) for place, tensor in tensors.items()]
+        _report(folder, hf, model, lines, left_out=left_out)
+    return Converted(model, out / megatron_folder.ITERATION, hf, len(lines))
+
+
+def _left_out(source: HuggingFaceFolder, model: Architecture, wanted: set[str]) -> list[str]:
+    """Names that Megatron needs nothing of: RoPE's tables, a tied output layer's second copy.
+
+    Raises:
+        UserError: names every other tensor that has no place, and every missing one.
+    """
+    over = sorted(set(source.files) - wanted)
+    fine = [name for name in over if name.endswith("rotary_emb.inv_freq")]
+    if model.tied and OUTPUT in over:
+        if not torch.equal(source.read(OUTPUT), source.read(EMBEDDING)):
+            raise UserError(
+                f"--hf {source.folder}: config.json has tie_word_embeddings true, and {OUTPUT} "
+                f"differs from {EMBEDDING}; set it to false, as transformers takes it"
+            )
+        fine.append(OUTPUT)
+    problems = [f"{name}: not in the folder" for name in sorted(wanted - set(source.files))]
+    problems += [f"{name}: has no place in a Llama" for name in over if name not in fine]
+    if problems:
+        raise UserError(f"--hf {source.folder}\n" + "\n".join(problems))
+    return fine
+
+
+def _initial(model: Architecture, place: Place) -> torch.Tensor:
+    """A mapping parameter's initial value."""
+    from megatron_mhc import HyperConnection, HyperHead
+
+    if place.layer is None:
+        module = HyperHead(model.mhc, model.hidden)
+    else:
+        sublayer = 2 * place.layer + (".mlp_" in place.key)
+        module = HyperConnection(model.mhc, model.hidden, sublayer)
+    return getattr(module, place.key.rsplit(".", 1)[1]).detach()
