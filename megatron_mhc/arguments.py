@@ -109,6 +109,22 @@ def add_mhc_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def fill_in_defaults(args: argparse.Namespace) -> None:
+    """Set what was not given of DEFAULTS.
+
+    Raises:
+        UserError: names the flags that have no effect without --mhc, and their values.
+    """
+    given = [name for name in DEFAULTS if getattr(args, name, None) is not None]
+    if given and not args.mhc:
+        values = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in given)
+        values = values.replace(" True", "")
+        raise UserError(f"{values}: has no effect without --mhc; add --mhc or leave it out")
+    for name, default in DEFAULTS.items():
+        if name not in given:
+            setattr(args, name, default)
+
+
 def mhc_config_from_args(args: argparse.Namespace) -> MHCConfig:
     """The settings that the flags ask for.
 
@@ -139,14 +155,7 @@ def validate_mhc_args(args: argparse.Namespace) -> MHCConfig | None:
     Raises:
         UserError: names the flag, its value and the remedy.
     """
-    given = [name for name in DEFAULTS if getattr(args, name) is not None]
-    if given and not args.mhc:
-        values = ", ".join(f"{flag(name)} {getattr(args, name)}" for name in given)
-        values = values.replace(" True", "")
-        raise UserError(f"{values}: has no effect without --mhc; add --mhc or leave it out")
-    for name, default in DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    fill_in_defaults(args)
     if not args.mhc:
         return None
     if args.mhc_pipeline_transport != "auto" and args.mhc_pipeline_overlap == "none":

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_mhc import MHCConfig  # noqa: E402
-from megatron_mhc.arguments import FLAG_OF_FIELD  # noqa: E402
+from megatron_mhc.arguments import fill_in_defaults, mhc_config_from_args  # noqa: E402
 from megatron_mhc.command_line import at_least, check_folder, run_tool  # noqa: E402
 from megatron_mhc.errors import UserError  # noqa: E402
 
@@ -50,21 +50,10 @@ def mhc_settings(args: argparse.Namespace) -> MHCConfig | None:
     Raises:
         UserError: names the flag, its value and what would be right.
     """
-    fields = {
-        field: getattr(args, flag.removeprefix("--").replace("-", "_"), None)
-        for field, flag in FLAG_OF_FIELD.items()
-    }
-    given = {field: value for field, value in fields.items() if value is not None}
+    fill_in_defaults(args)
     if not args.mhc:
-        if given:
-            field, value = next(iter(given.items()))
-            raise UserError(f"{FLAG_OF_FIELD[field]} {value}: has no effect without --mhc; add it")
         return None
-    try:
-        mhc = MHCConfig(**given)
-    except ValueError as error:
-        field, _, rest = str(error).partition("=")
-        raise UserError(f"{FLAG_OF_FIELD[field]} {rest}") from None
+    mhc = mhc_config_from_args(args)
     if mhc.num_streams < 2:
         raise UserError("--mhc-num-residual-streams 1: is the plain model; leave --mhc out")
     return mhc

@@ -40,14 +40,21 @@ class Converted:
 
 @contextlib.contextmanager
 def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end; a cut-off one is begun anew."""
+    """A folder beside ``out`` that takes its name at the end; what a kill left of one is removed.
+
+    Raises:
+        UserError: ``out`` exists.
+    """
     if out.exists():
         raise UserError(f"--out {out}: exists; give a new folder")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    partial.rename(out)
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _report(folder: Path, source: Path, model: Architecture, lines: list[dict], **more) -> None:
@@ -74,12 +81,12 @@ def to_hugging_face(load: Path, out: Path, step: int | None = None) -> Converted
     Raises:
         UserError: no such checkpoint, no Llama, tensors missing or left over, ``out`` exists.
     """
-    megatron_folder.start()
-    checkpoint = MegatronCheckpoint(load, step)
-    model = from_megatron(checkpoint.args, f"--load {checkpoint.path}")
-    wanted = places(model)
-    checkpoint.check(model, wanted)
     with _aside(out) as folder:
+        megatron_folder.start()
+        checkpoint = MegatronCheckpoint(load, step)
+        model = from_megatron(checkpoint.args, f"--load {checkpoint.path}")
+        wanted = places(model)
+        checkpoint.check(model, wanted)
         writer, lines = Writer(folder), []
         for _, together in groupby(wanted, lambda place: place.layer):
             for place, tensor in checkpoint.read(list(together)).items():
@@ -103,34 +110,35 @@ def to_megatron(hf: Path, out: Path, mhc: MHCConfig | None = None) -> Converted:
     Raises:
         UserError: no Llama, tensors missing or left over, streams twice, ``out`` exists.
     """
-    source = HuggingFaceFolder(hf)
-    model = from_hugging_face(source.config, f"--hf {hf}")
-    if mhc is not None and model.mhc is not None:
-        raise UserError(f"--mhc: {hf} has {model.mhc.num_streams} streams already; leave it out")
-    initial = {}
-    if mhc is not None:
-        model = dataclasses.replace(model, mhc=mhc)
-        initial = {place: _initial(model, place) for place in places(model) if place.in_float32}
-    megatron_folder.start()
-    names = {name for place in places(model) if place not in initial for name in place.names}
-    left_out = _left_out(source, model, names)
-    tensors = {}
-    for place in places(model):
-        if place in initial:
-            tensors[place] = initial[place]
-            continue
-        tensor = place.join([source.read(name) for name in place.names])
-        if tuple(tensor.shape) != place.shape:
-            raise UserError(
-                f"--hf {hf}: {' + '.join(place.names)}: {tuple(tensor.shape)}, "
-                f"expected {place.shape}"
-            )
-        tensors[place] = tensor.float() if place.in_float32 else tensor
     with _aside(out) as folder:
+        source = HuggingFaceFolder(hf)
+        model = from_hugging_face(source.config, f"--hf {hf}")
+        tensors = {}
+        if mhc is not None:
+            if model.mhc is not None:
+                n = model.mhc.num_streams
+                raise UserError(f"--mhc: {hf} has {n} streams already; leave it out")
+            model = dataclasses.replace(model, mhc=mhc)
+            tensors = {place: _initial(model, place) for place in places(model) if place.in_float32}
+        wanted = [place for place in places(model) if place not in tensors]
+        left_out = _left_out(source, model, {name for place in wanted for name in place.names})
+        tensors |= {place: _read(source, place) for place in wanted}
+        megatron_folder.start()
         megatron_folder.write(folder, model, tensors)
         lines = [_line(place, tensor) for place, tensor in tensors.items()]
         _report(folder, hf, model, lines, left_out=left_out)
     return Converted(model, out / megatron_folder.ITERATION, hf, len(lines))
+
+
+def _read(source: HuggingFaceFolder, place: Place) -> Tensor:
+    """Raises UserError where the tensors are not of the place's shape."""
+    tensor = place.join([source.read(name) for name in place.names])
+    if tuple(tensor.shape) != place.shape:
+        names = " + ".join(place.names)
+        raise UserError(
+            f"--hf {source.folder}: {names}: {tuple(tensor.shape)}, expected {place.shape}"
+        )
+    return tensor.float() if place.in_float32 else tensor
 
 
 def _left_out(source: HuggingFaceFolder, model: Architecture, wanted: set[str]) -> list[str]:
@@ -155,7 +163,7 @@ def _left_out(source: HuggingFaceFolder, model: Architecture, wanted: set[str]) 
     return fine
 
 
-def _initial(model: Architecture, place: Place) -> torch.Tensor:
+def _initial(model: Architecture, place: Place) -> Tensor:
     """A mapping parameter's initial value."""
     from megatron_mhc import HyperConnection, HyperHead
 

@@ -25,7 +25,8 @@ ITERATION = "iter_0000000"
 """What an imported model is saved as."""
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state")
 """Beginnings of the keys of what a training keeps beside the model."""
-# Transformer Engine's modules keep fp8 state under these; local ones look for the first four.
+# Transformer Engine's modules of a layer keep fp8 state under these, and its final norm; local
+# layers look for the first four.
 EXTRA_STATE = (
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
@@ -90,7 +91,6 @@ class MegatronCheckpoint:
             place.key: place.shape if place.layer is None else (model.layers, *place.shape)
             for place in wanted
         }
-        # Rows that were added to the vocabulary depend on the layout of the run.
         problems = [f"{key}: not in the checkpoint" for key in shapes if key not in self.shapes]
         problems += [f"{key}: has no place in a Llama" for key in self.shapes if key not in shapes]
         problems += [
@@ -177,7 +177,7 @@ def write(folder: Path, model: Architecture, tensors: dict[Place, Tensor]) -> No
     """Write iteration 0 of a --save folder, which ``--pretrained-checkpoint`` takes.
 
     Args:
-        folder: must not exist.
+        folder: exists, empty.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -189,6 +189,8 @@ def write(folder: Path, model: Architecture, tensors: dict[Place, Tensor]) -> No
         for layer in range(model.layers):
             key = f"decoder.layers.{name}._extra_state"
             state[f"{layer} {key}"] = ShardedObject(key, None, (model.layers,), (layer,))
+    final = "decoder.final_layernorm._extra_state"
+    state[final] = ShardedObject(final, None, (1,), (0,))
     path = folder / ITERATION
     path.mkdir(parents=True)
     dist_checkpointing.save(state, str(path), validate_access_integrity=False)

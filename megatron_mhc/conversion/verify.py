@@ -18,10 +18,12 @@ class Comparison:
     """Logits of the same random tokens, both models in float32 on a CPU.
 
     Attributes:
+        tokens: how many.
         largest: absolute difference. relative: norm of the difference over that of the logits.
         divergence: Kullback-Leibler, nats per token, Megatron's from Hugging Face's.
     """
 
+    tokens: int
     largest: float
     relative: float
     divergence: float
@@ -33,7 +35,7 @@ class Comparison:
 
     def __str__(self) -> str:
         return (
-            f"logits of {TOKENS} tokens in float32: largest difference {self.largest:.2e}, "
+            f"logits of {self.tokens} tokens in float32: largest difference {self.largest:.2e}, "
             f"relative {self.relative:.2e}, divergence {self.divergence:.2e} nats"
         )
 
@@ -48,6 +50,7 @@ def compare(model: Architecture, megatron: Path, hugging_face: Path) -> Comparis
     log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
     divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean()
     return Comparison(
+        tokens=length,
         largest=difference.abs().max().item(),
         relative=(difference.norm() / theirs.norm()).item(),
         divergence=divergence.item(),

@@ -77,6 +77,14 @@ def test_an_export_computes_what_was_trained(exported, name):
     assert sorted(listed) == sorted(weights(exported[name].hugging_face))
 
 
+def test_a_checkpoint_of_several_ranks(tmp_path):
+    """Queries and both halves of SwiGLU are divided over ranks, layers over stages."""
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    run = train("--mhc", *layout, *GROUPED, "--save", tmp_path / "trained", processes=4)
+    assert run.code == 0, run.tail
+    assert compare(convert.to_hugging_face(tmp_path / "trained", tmp_path / "hf")).same
+
+
 def test_an_export_has_the_checkpoints_dtypes(exported):
     for name, tensor in weights(exported["bf16"].hugging_face).items():
         assert tensor.dtype == (torch.float32 if "hc" in name else torch.bfloat16), name
@@ -297,13 +305,15 @@ def test_what_a_kill_left_is_begun_anew_and_nothing_is_overwritten(exported, tra
     convert.to_hugging_face(trained["plain"], tmp_path / "out")
     assert not partial.exists()
     assert not (tmp_path / "out" / "half").exists()
+    before = (tmp_path / "out" / "config.json").read_bytes()
     with pytest.raises(UserError, match="out: exists; give a new folder"):
         convert.to_hugging_face(trained["plain"], tmp_path / "out")
     with pytest.raises(UserError, match=r"no complete iteration 5 there; .*: 2, 4, 6"):
         convert.to_hugging_face(trained["plain"], tmp_path / "new", step=5)
     with pytest.raises(UserError, match="has 3 streams already"):
         convert.to_megatron(exported["mhc"].hugging_face, tmp_path / "new", MHCConfig())
-    assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_bytes() == before
 
 
 def test_initial_values_are_those_of_a_new_model():
@@ -347,7 +357,7 @@ class TestCommandLine:
         assert "--mhc --mhc-num-residual-streams 3 --mhc-sinkhorn-iterations 7" in out
 
     def test_a_result_that_computes_something_else_is_an_error(self, call, trained, tmp_path):
-        differs = verify.Comparison(1.0, 0.5, 0.1)
+        differs = verify.Comparison(64, 1.0, 0.5, 0.1)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(verify, "compare", lambda *_: differs)
             code, _, said = call(
@@ -359,7 +369,10 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ("--mhc-eps 0.1", "--mhc-eps 0.1: has no effect without --mhc; add it"),
+            (
+                "--mhc-eps 0.1",
+                "--mhc-eps 0.1: has no effect without --mhc; add --mhc or leave it out",
+            ),
             ("--mhc --mhc-eps 0.5", "--mhc-eps 0.5: expected 0 <= eps"),
             ("--mhc --mhc-num-residual-streams 1", "--mhc-num-residual-streams 1: is the plain"),
             ("", "there is no nowhere/config.json; give a folder of save_pretrained"),

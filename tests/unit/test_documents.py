@@ -37,6 +37,7 @@ TESTED_HERE = {
     "bash examples/pretrain_node.sh",
     "sbatch examples/pretrain_slurm.sh",
     "python tools/diagnose.py",
+    "python tools/convert_checkpoint.py",
     "python tools/estimate_memory.py",
 }
 
@@ -119,6 +120,26 @@ def test_diagnose_prints_and_draws_the_run(pretrained, tmp_path):
     output = run([sys.executable, "tools/diagnose.py", run_folder, "--plot", str(plot)])
     assert "max composite gain" in output
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_conversion_page_runs(pretrained, tmp_path, monkeypatch, capsys):
+    folder, _ = pretrained
+    page = (ROOT / "docs" / "conversion.md").read_text()
+    made = {"runs/": f"{folder}/", "--out ": f"--out {tmp_path}/", "--hf ": f"--hf {tmp_path}/"}
+    for command in [command for command in commands() if "convert_checkpoint" in command]:
+        for given, here in made.items():
+            command = command.replace(given, here)
+        output = run(command)
+        # Flags and numbers are cut off on the page.
+        for line in re.findall(rf"^({command.split()[2][3:]}: .*|logits of \d+ tokens)", page):
+            assert line in output
+        assert re.search(r": \d+ tensors, listed in conversion_report.json", output)
+        assert "logits of 64 tokens in float32: largest difference" in output
+    assert "train it with: --pretrained-checkpoint" in output
+    (block,) = blocks(page, "python")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("import os\n")
 
 
 def test_make_compare_draws_three_models_in_one_plot(tmp_path):
