@@ -130,11 +130,12 @@ def test_the_conversion_page_runs(pretrained, tmp_path, monkeypatch, capsys):
         for given, here in made.items():
             command = command.replace(given, here)
         output = run(command)
-        # Flags and numbers are cut off on the page.
-        for line in re.findall(rf"^({command.split()[2][3:]}: .*|logits of \d+ tokens)", page):
-            assert line in output
-        assert re.search(r": \d+ tensors, listed in conversion_report.json", output)
-        assert "logits of 64 tokens in float32: largest difference" in output
+        for said in (
+            "54 tensors, listed in conversion_report.json",
+            "logits of 64 tokens in float32",
+        ):
+            assert said in page
+            assert said in output
     assert "train it with: --pretrained-checkpoint" in output
     (block,) = blocks(page, "python")
     monkeypatch.chdir(tmp_path)
