@@ -60,7 +60,7 @@ def repair_tracker(folder: Path) -> str | None:
 def saved_settings(checkpoint: Path) -> dict[str, object] | None:
     """The mHC settings a distributed checkpoint was made with; None where it does not tell.
 
-    A checkpoint of a plain model gives {"mhc": False}.
+    A checkpoint of a plain model gives "mhc" False. "vocabulary" are the rows of its embedding.
     """
     # Imported here: tools read trackers with this module, without Megatron.
     from megatron.core.dist_checkpointing import load_common_state_dict
@@ -72,10 +72,12 @@ def saved_settings(checkpoint: Path) -> dict[str, object] | None:
         return None
     if saved is None:
         return None
+    vocabulary = getattr(saved, "padded_vocab_size", None)
     # One stream is the plain residual, whatever the other flags say.
     if not getattr(saved, "mhc", False) or saved.mhc_num_residual_streams == 1:
-        return {"mhc": False}
-    return {"mhc": True, **{name: getattr(saved, name, DEFAULTS[name]) for name in SETTINGS}}
+        return {"mhc": False, "vocabulary": vocabulary}
+    settings = {name: getattr(saved, name, DEFAULTS[name]) for name in SETTINGS}
+    return {"mhc": True, "vocabulary": vocabulary, **settings}
 
 
 def _source(args: argparse.Namespace) -> tuple[str, Path] | None:
@@ -112,6 +114,18 @@ def _refuse_other_settings(args: argparse.Namespace, flagged: str, name: str, sa
     if differing:
         lines = "\n".join(differing)
         raise UserError(f"{flagged}\n{lines}\ngive the checkpoint's values")
+
+
+def _other_vocabulary(args: argparse.Namespace, checkpoint: Path, there: int | None) -> list[str]:
+    """Megatron loads a vocabulary that was padded otherwise, without a word."""
+    here = getattr(args, "padded_vocab_size", None)
+    if None in (here, there) or here == there:
+        return []
+    what = f"the last {here - there} start from random values" if here > there else "some are lost"
+    return [
+        f"mHC: {checkpoint} has {there} rows of vocabulary, this run {here}: {what}; "
+        "--make-vocab-size-divisible-by and --tensor-model-parallel-size pad it"
+    ]
 
 
 def check_checkpoint(args: argparse.Namespace) -> list[str]:
@@ -161,6 +175,7 @@ def check_checkpoint(args: argparse.Namespace) -> list[str]:
     if saved is None:
         said.append(f"mHC: {checkpoint} does not tell its mHC settings; they are not checked")
         return said
+    said += _other_vocabulary(args, checkpoint, saved["vocabulary"])
     lenient = getattr(args, "dist_ckpt_strictness", None) in LENIENT
     starts = args.mhc and args.mhc_num_residual_streams != 1 and not saved["mhc"]
     if name == "--pretrained-checkpoint" and lenient and starts:

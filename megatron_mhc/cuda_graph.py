@@ -8,6 +8,22 @@ from .errors import UserError
 
 FLAG, FULL_ITERATION = "--cuda-graph-impl", "full_iteration"
 
+_SEES_NO_STEP = "a replay runs no Python, which it needs in every step"
+_WAITS = "the host cannot look at a tensor of a step before the step is over"
+# Megatron's arguments that a graph would get wrong without a word, or end in a CUDA error.
+_REFUSED: dict[str, str] = {
+    "step_batch_size_schedule": "every step has the captured one's micro-batches",
+    "timing_log_level": "there is nothing to time inside of a step",
+    "log_straggler": "there is nothing to time inside of a step",
+    "check_for_spiky_loss": _WAITS,
+    "check_for_large_grads": _WAITS,
+    "qk_clip": _SEES_NO_STEP,
+    "log_max_attention_logit": _SEES_NO_STEP,
+    "save_activations_interval": _SEES_NO_STEP,
+    "save_dgrads_interval": _SEES_NO_STEP,
+    "save_wgrads_interval": _SEES_NO_STEP,
+}
+
 
 def refuse_uncapturable(args: argparse.Namespace) -> None:
     """What such a graph would get wrong or fail on after its first steps, also without mHC.
@@ -16,7 +32,7 @@ def refuse_uncapturable(args: argparse.Namespace) -> None:
         args: Megatron's arguments after its own validation.
 
     Raises:
-        UserError: names the flag, its value and the remedy.
+        UserError: names each flag, its value and the remedy.
     """
     impl = args.cuda_graph_impl
     if impl == "none":
@@ -25,21 +41,24 @@ def refuse_uncapturable(args: argparse.Namespace) -> None:
         raise UserError(f"{FLAG} {impl}: there is no GPU here; leave it out")
     if impl != FULL_ITERATION:
         return
-    if args.step_batch_size_schedule is not None:
-        raise UserError(
-            f"--step-batch-size-schedule {args.step_batch_size_schedule}: with {FLAG} {impl} every "
-            "step has the captured one's micro-batches; give --global-batch-size instead"
+    problems = []
+    for name, why in _REFUSED.items():
+        value = getattr(args, name)
+        if value:
+            given = "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+            problems.append(f"{given}: with {FLAG} {impl} {why}; leave one of them out")
+    if args.fp16 and args.loss_scale is None:
+        problems.append(
+            f"--fp16: with {FLAG} {impl} every step has the captured one's loss scale; give a "
+            "--loss-scale that stays, or --bf16"
         )
-    if args.timing_log_level:
-        raise UserError(
-            f"--timing-log-level {args.timing_log_level}: with {FLAG} {impl} there is nothing to "
-            "time inside of a step; use 0"
+    if args.cuda_graph_warmup_steps < 1:
+        problems.append(
+            f"--cuda-graph-warmup-steps {args.cuda_graph_warmup_steps}: kernels are compiled and "
+            "parameters gathered in a step before the graph's; use 1 or more"
         )
-    if args.check_for_spiky_loss:
-        raise UserError(
-            f"--check-for-spiky-loss: with {FLAG} {impl} the host does not see a loss before its "
-            "step is over; leave one of them out"
-        )
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def describe(args: argparse.Namespace) -> str:

@@ -40,8 +40,10 @@ def _parse() -> argparse.Namespace:
     try:
         return parse_and_validate_args(extra_args_provider=_add_arguments)
     except AssertionError as refusal:
-        if CONNECTIONS not in str(refusal):
+        if not str(refusal):
             raise
+        if CONNECTIONS not in str(refusal):
+            raise UserError(f"Megatron: {refusal}") from refusal
     value = os.environ.get(CONNECTIONS, "is not set")
     if value == "1":
         raise UserError(
@@ -54,9 +56,12 @@ def _parse() -> argparse.Namespace:
     )
 
 
+MEGATRON_ROPE_SCALING = 8.0
+
+
 def _model_config(args: argparse.Namespace) -> GPTModelConfig:
     model = gpt_config_from_args(args)
-    # Megatron 0.19.2 has this flag and forgets it: every model would be scaled by 8.
+    # Megatron 0.19.2 has this flag and forgets it.
     model.rope_scaling_factor = args.rope_scaling_factor
     return model
 
@@ -139,6 +144,11 @@ def parse_arguments() -> tuple[PretrainConfigContainer, dict]:
         lines.append(describe_blocks(mhc, _stage_layers(model.transformer)))
     if args.cuda_graph_impl == cuda_graph.FULL_ITERATION:
         lines.append(cuda_graph.describe(args))
+    if args.use_rope_scaling and args.rope_scaling_factor != MEGATRON_ROPE_SCALING:
+        lines.append(
+            f"--rope-scaling-factor {args.rope_scaling_factor} is used; Megatron 0.19.2 alone, and "
+            f"checkpoints that it made, have {MEGATRON_ROPE_SCALING} whatever the flag says"
+        )
     lines += check_checkpoint(args)
     used = {
         "--mhc-recompute": mhc is not None and mhc.recompute,

@@ -76,12 +76,10 @@ def main() -> None:
         made = convert.to_hugging_face(args.load, args.out, args.ckpt_step)
     else:
         made = convert.to_megatron(args.hf, args.out, mhc_settings(args))
-        flags = made.model.flags().items()
-        words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in flags]
-        print("train it with: --pretrained-checkpoint", args.out, *words)
+        print("train it with:", *convert.words(made))
     print(f"{args.out}: {made.tensors} tensors, listed in {convert.REPORT}")
     if args.verify:
-        compared = verify.compare(made.model, made.megatron, made.hugging_face)
+        compared = verify.compare(made.megatron, made.hugging_face)
         print(compared)
         if not compared.same:
             raise UserError(f"--verify: {args.out} does not compute what it was made from")

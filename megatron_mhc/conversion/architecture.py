@@ -16,6 +16,7 @@ class Architecture:
         head_channels: channels of one attention head. groups: key-value heads.
         rope_scaling: Llama 3.1's factor for its longer contexts; None is plain RoPE.
         tied: the embedding is the output layer too.
+        half: "bf16" or "fp16" where weights are; None is float32.
     """
 
     layers: int
@@ -30,10 +31,11 @@ class Architecture:
     rope_base: float
     rope_scaling: float | None
     tied: bool
+    half: str | None
     mhc: MHCConfig | None
 
     def flags(self) -> dict[str, object]:
-        """Flags of examples/pretrain_gpt.py that train it; True for a switch."""
+        """Flags of examples/pretrain_gpt.py for this model; True for a switch."""
         flags = {
             "num-layers": self.layers,
             "hidden-size": self.hidden,
@@ -41,13 +43,16 @@ class Architecture:
             "num-attention-heads": self.heads,
             "kv-channels": self.head_channels,
             "max-position-embeddings": self.positions,
-            "seq-length": self.positions,
             "normalization": "RMSNorm",
             "norm-epsilon": self.norm_eps,
             "position-embedding-type": "rope",
             "rotary-base": int(self.rope_base),
             "swiglu": True,
             "disable-bias-linear": True,
+            "hidden-dropout": 0.0,
+            "attention-dropout": 0.0,
+            # Rows that a trainer adds to the vocabulary would start from random values.
+            "make-vocab-size-divisible-by": 1,
         }
         if self.groups != self.heads:
             flags |= {"group-query-attention": True, "num-query-groups": self.groups}
@@ -55,6 +60,8 @@ class Architecture:
             flags |= {"use-rope-scaling": True, "rope-scaling-factor": self.rope_scaling}
         if not self.tied:
             flags["untie-embeddings-and-output-weights"] = True
+        if self.half is not None:
+            flags[self.half] = True
         if self.mhc is not None:
             flags |= {
                 "mhc": True,
@@ -74,6 +81,8 @@ _NOT_SET = _is(None, False)
 _MEGATRON: dict[str, tuple[Callable[[object], bool], str]] = {
     "normalization": (_is("RMSNorm"), "RMSNorm"),
     "swiglu": (_is(True), "--swiglu"),
+    "glu_linear_offset": (_is(None, 0.0), "0"),
+    "activation_func_clamp_value": (_NOT_SET, "none"),
     "add_bias_linear": (_NOT_SET, "--disable-bias-linear"),
     "add_qkv_bias": (_NOT_SET, "none"),
     "qk_layernorm": (_NOT_SET, "none"),
@@ -100,7 +109,16 @@ _HUGGING_FACE: dict[str, tuple[Callable[[object], bool], str]] = {
     "hidden_act": (_is("silu"), "silu"),
     "attention_bias": (_NOT_SET, "no bias"),
     "mlp_bias": (_NOT_SET, "no bias"),
+    "is_causal": (_is(None, True), "true"),
 }
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
+_MHC_NAMES = {"num_streams": "hc_mult", "sinkhorn_iterations": "hc_sinkhorn_iters", "eps": "hc_eps"}
 ROPE_SCALING = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -157,53 +175,71 @@ def from_megatron(args, source: str) -> Architecture:
         rope_base=float(args.rotary_base),
         rope_scaling=args.rope_scaling_factor if args.use_rope_scaling else None,
         tied=not args.untie_embeddings_and_output_weights,
+        half="bf16" if args.bf16 else "fp16" if args.fp16 else None,
         mhc=mhc,
     )
+
+
+def _rope(config: dict, problems: list[str]) -> tuple[float, float | None]:
+    """Base and Llama 3.1's factor; adds what Megatron's flags cannot say to ``problems``."""
+    # transformers 5 keeps the base in rope_parameters, 4 beside a rope_scaling.
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if new and old:
+        problems.append("rope_parameters and rope_scaling: expected one of them")
+    rope = old or new
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if base != int(base):
+        problems.append(f"rope_theta {base}: --rotary-base takes whole numbers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        problems.append(f"rope_type {kind}: expected default or llama3")
+        return base, None
+    problems += [
+        f"{name} {rope.get(name)}: expected {value}, which Megatron has in its code"
+        for name, value in ROPE_SCALING.items()
+        if name != "rope_type" and rope.get(name) != value
+    ]
+    if not isinstance(rope.get("factor"), int | float):
+        problems.append(f"factor {rope.get('factor')}: expected the number of a llama3 rope")
+    return base, rope.get("factor")
+
+
+def _mhc(config: dict, problems: list[str]) -> MHCConfig | None:
+    """Streams of an mhc_llama; adds what is out of range to ``problems``."""
+    try:
+        return MHCConfig(**{field: config[name] for field, name in _MHC_NAMES.items()})
+    except ValueError as error:
+        field, _, rest = str(error).partition("=")
+        problems.append(f"{_MHC_NAMES[field]} {rest}")
+        return None
 
 
 def from_hugging_face(config: dict, source: str) -> Architecture:
     """The architecture of a config.json.
 
     Args:
-        config: its content. source: the folder, for errors.
+        config: its content; ``half`` is told by the weights. source: the folder, for errors.
 
     Raises:
         UserError: it is no Llama's, or names what Megatron's flags cannot say.
     """
+    kind = config.get("model_type")
     problems = []
-    if config.get("model_type") not in MODEL_TYPES:
-        problems.append(
-            f"model_type {config.get('model_type')}: expected {' or '.join(MODEL_TYPES)}"
-        )
+    if kind not in MODEL_TYPES:
+        problems.append(f"model_type {kind}: expected {' or '.join(MODEL_TYPES)}")
     problems += [
         f"{name} {config[name]}: expected {words}"
         for name, (fine, words) in _HUGGING_FACE.items()
         if name in config and not fine(config[name])
     ]
-    # transformers 5 keeps the base of RoPE in rope_parameters, 4 beside a rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = None
-    if kind == "llama3":
-        scaling = float(rope["factor"])
-        problems += [
-            f"{name} {rope.get(name)}: expected {value}, which Megatron has in its code"
-            for name, value in ROPE_SCALING.items()
-            if name != "rope_type" and rope.get(name) != value
-        ]
-    elif kind != "default":
-        problems.append(f"rope_type {kind}: expected default or llama3")
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if base != int(base):
-        problems.append(f"rope_theta {base}: --rotary-base takes whole numbers")
+    needed = _NEEDED + (tuple(_MHC_NAMES.values()) if kind == "mhc_llama" else ())
+    missing = [name for name in needed if not isinstance(config.get(name), int | float)]
+    problems += [f"{name} {config.get(name)}: expected a number" for name in missing]
+    base, scaling = _rope(config, problems)
+    mhc = _mhc(config, problems) if kind == "mhc_llama" and not missing else None
     _refuse(source, problems)
-    mhc = None
-    if config["model_type"] == "mhc_llama":
-        mhc = MHCConfig(
-            num_streams=config["hc_mult"],
-            sinkhorn_iterations=config["hc_sinkhorn_iters"],
-            eps=config["hc_eps"],
-        )
     heads = config["num_attention_heads"]
     return Architecture(
         layers=config["num_hidden_layers"],
@@ -216,7 +252,8 @@ def from_hugging_face(config: dict, source: str) -> Architecture:
         positions=config.get("max_position_embeddings", 2048),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_base=float(base),
-        rope_scaling=scaling,
+        rope_scaling=None if scaling is None else float(scaling),
         tied=config.get("tie_word_embeddings", False),
+        half=None,
         mhc=mhc,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import groupby
@@ -20,6 +21,7 @@ from .hugging_face_folder import HuggingFaceFolder, Writer, write_config
 from .megatron_folder import MegatronCheckpoint
 from .tensors import EMBEDDING, OUTPUT, Place, places
 
+_HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 REPORT = "conversion_report.json"
 
 
@@ -38,17 +40,24 @@ class Converted:
     tensors: int
 
 
+def words(made: Converted) -> list[str]:
+    """Flags of examples/pretrain_gpt.py that start from an import, beside those of the run."""
+    found = ["--pretrained-checkpoint", str(made.megatron.parent)]
+    for name, value in made.model.flags().items():
+        found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return found
+
+
 @contextlib.contextmanager
 def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end; what a kill left of one is removed.
+    """A folder beside ``out`` that takes its name at the end, and is removed where that fails.
 
     Raises:
         UserError: ``out`` exists.
     """
     if out.exists():
         raise UserError(f"--out {out}: exists; give a new folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -123,6 +132,8 @@ def to_megatron(hf: Path, out: Path, mhc: MHCConfig | None = None) -> Converted:
         wanted = [place for place in places(model) if place not in tensors]
         left_out = _left_out(source, model, {name for place in wanted for name in place.names})
         tensors |= {place: _read(source, place) for place in wanted}
+        dtype = tensors[wanted[0]].dtype
+        model = dataclasses.replace(model, half=_HALVES.get(dtype))
         megatron_folder.start()
         megatron_folder.write(folder, model, tensors)
         lines = [_line(place, tensor) for place, tensor in tensors.items()]
@@ -132,12 +143,11 @@ def to_megatron(hf: Path, out: Path, mhc: MHCConfig | None = None) -> Converted:
 
 def _read(source: HuggingFaceFolder, place: Place) -> Tensor:
     """Raises UserError where the tensors are not of the place's shape."""
-    tensor = place.join([source.read(name) for name in place.names])
-    if tuple(tensor.shape) != place.shape:
-        names = " + ".join(place.names)
-        raise UserError(
-            f"--hf {source.folder}: {names}: {tuple(tensor.shape)}, expected {place.shape}"
-        )
+    parts = [source.read(name) for name in place.names]
+    for name, part, shape in zip(place.names, parts, place.part_shapes, strict=True):
+        if tuple(part.shape) != shape:
+            raise UserError(f"--hf {source.folder}: {name}: {tuple(part.shape)}, expected {shape}")
+    tensor = place.join(parts)
     return tensor.float() if place.in_float32 else tensor
 
 

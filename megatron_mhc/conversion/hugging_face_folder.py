@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and safetensors, read by tensor and written in shards."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -34,19 +35,32 @@ class HuggingFaceFolder:
         path = folder / "config.json"
         if not path.is_file():
             raise UserError(f"--hf {folder}: there is no {path}; give a folder of save_pretrained")
-        self.config = json.loads(path.read_text())
+        self.config = self._json(path.name)
         index, single = folder / INDEX, folder / "model.safetensors"
         if index.is_file():
-            self.files = json.loads(index.read_text())["weight_map"]
+            self.files = self._json(INDEX).get("weight_map")
+            if not isinstance(self.files, dict):
+                raise UserError(f"--hf {folder}: {INDEX}: there is no weight_map in it")
         elif single.is_file():
             with self._open(single.name) as opened:
                 self.files = dict.fromkeys(opened.keys(), single.name)
         else:
             raise UserError(f"--hf {folder}: neither {INDEX} nor {single.name} there")
 
+    def _json(self, name: str) -> dict:
+        try:
+            content = json.loads((self.folder / name).read_text())
+        except ValueError as problem:
+            raise UserError(f"--hf {self.folder}: {name}: no JSON: {problem}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--hf {self.folder}: {name}: expected an object in it")
+        return content
+
+    @contextlib.contextmanager
     def _open(self, name: str):
         try:
-            return safe_open(self.folder / name, framework="pt")
+            with safe_open(self.folder / name, framework="pt") as opened:
+                yield opened
         except (SafetensorError, OSError) as problem:
             raise UserError(f"--hf {self.folder}: {name}: {problem}") from None
 

@@ -4,12 +4,13 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -37,9 +38,8 @@ EXTRA_STATE = (
 
 
 def start() -> None:
-    """Make Megatron importable here, and this process a job of its own."""
+    """Make Megatron importable here, and this process a group of its own."""
     environment.prepare()
-    environment.set_single_process()
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -69,17 +69,24 @@ class MegatronCheckpoint:
         self.path = folder / f"iter_{iteration:07d}"
         from megatron.core import dist_checkpointing
 
-        saved = dist_checkpointing.load_common_state_dict(str(self.path)).get("args")
+        with self._readable():
+            saved = dist_checkpointing.load_common_state_dict(str(self.path)).get("args")
+            listed = dist_checkpointing.load_tensors_metadata(str(self.path))
         if saved is None:
             raise UserError(f"--load {self.path}: its arguments were not saved with it")
         self.args: argparse.Namespace = saved
-        found = {
-            key: tensor
-            for key, tensor in dist_checkpointing.load_tensors_metadata(str(self.path)).items()
-            if not key.startswith(NOT_WEIGHTS)
-        }
+        found = {key: tensor for key, tensor in listed.items() if not key.startswith(NOT_WEIGHTS)}
         self.dtypes = {key: tensor.dtype for key, tensor in found.items()}
         self.shapes = {key: tuple(tensor.global_shape) for key, tensor in found.items()}
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """A damaged file ends in whatever reads it: pickle, torch, Megatron."""
+        try:
+            yield
+        except (Exception, CheckpointException) as problem:  # the latter is a BaseException
+            said = str(problem).strip().splitlines() or [type(problem).__name__]
+            raise UserError(f"--load {self.path}: is damaged: {said[-1]}") from problem
 
     def check(self, model: Architecture, wanted: list[Place]) -> None:
         """That the checkpoint has just these tensors.
@@ -110,7 +117,9 @@ class MegatronCheckpoint:
             data[place.key] = torch.empty(shape, dtype=self.dtypes[place.key])
             offsets[place.key] = (place.layer or 0, *[0] * (len(shape) - 1))
         reader = checkpoint.FileSystemReader(self.path)
-        checkpoint.load(data, storage_reader=reader, planner=_PartsPlanner(offsets), no_dist=True)
+        planner = _PartsPlanner(offsets)
+        with self._readable():
+            checkpoint.load(data, storage_reader=reader, planner=planner, no_dist=True)
         return {place: data[place.key].view(place.shape) for place in wanted}
 
 
@@ -157,7 +166,8 @@ def _arguments(model: Architecture) -> argparse.Namespace:
         cpu_arguments.set_defaults(parser)
         return add_mhc_args(parser)
 
-    words = ["--micro-batch-size", "1", "--tokenizer-type", "NullTokenizer"]
+    words = ["--micro-batch-size", "1", "--seq-length", str(model.positions)]
+    words += ["--tokenizer-type", "NullTokenizer"]
     words += ["--vocab-size", str(model.vocabulary), "--no-gradient-accumulation-fusion"]
     for name, value in model.flags().items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]

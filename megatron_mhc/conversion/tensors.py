@@ -22,7 +22,8 @@ class Place:
 
     Attributes:
         key: Megatron's. names: Hugging Face's, in the order of split and join.
-        shape: in Megatron, without the dimension of layers.
+        shape: in Megatron, without the dimension of layers. parts: shapes in Hugging Face,
+            where there are several.
         layer: which of the key's layers; None where it belongs to none.
     """
 
@@ -30,8 +31,14 @@ class Place:
     names: tuple[str, ...]
     shape: tuple[int, ...]
     layer: int | None = None
+    parts: tuple[tuple[int, ...], ...] = ()
     split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: [tensor]
     join: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]
+
+    @property
+    def part_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the Hugging Face tensors."""
+        return self.parts or (self.shape,)
 
     @property
     def in_float32(self) -> bool:
@@ -88,6 +95,7 @@ def _layer(model: Architecture, layer: int) -> list[Place]:
             [f"self_attn.{part}_proj.weight" for part in "qkv"],
             model.groups * sum(grouped),
             hidden,
+            parts=tuple((model.groups * rows, hidden) for rows in grouped),
             split=split_qkv,
             join=join_qkv,
         ),
@@ -103,6 +111,7 @@ def _layer(model: Architecture, layer: int) -> list[Place]:
             ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
             2 * ffn,
             hidden,
+            parts=((ffn, hidden),) * 2,
             split=lambda both: both.chunk(2),
             join=torch.cat,
         ),

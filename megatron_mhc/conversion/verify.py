@@ -1,5 +1,6 @@
 """One forward pass in both formats."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +8,41 @@ import torch
 from torch import Tensor
 
 from megatron_mhc import patches
-
-from .architecture import Architecture
+from megatron_mhc.arguments import mhc_config_from_args
 
 TOKENS = 64
+# What one process on a CPU has instead of a training's layout, precision and fused kernels.
+_HERE = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "params_dtype": torch.float32,
+    "bf16": False,
+    "fp16": False,
+    "fp8": None,
+    "fp4": None,
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "tp_comm_overlap": False,
+    "recompute_granularity": None,
+    "cuda_graph_impl": "none",
+    "mhc_backend": "torch",
+    "mhc_recompute": False,
+    "mhc_recompute_layer_num": None,
+}
 
 
 @dataclass(frozen=True)
@@ -40,12 +72,18 @@ class Comparison:
         )
 
 
-def compare(model: Architecture, megatron: Path, hugging_face: Path) -> Comparison:
-    """Logits of a Megatron checkpoint's iteration folder and of a Hugging Face folder."""
-    length = min(TOKENS, model.positions)
+def compare(megatron: Path, hugging_face: Path) -> Comparison:
+    """Logits of a Megatron checkpoint's iteration folder and of a Hugging Face folder.
+
+    Each model is built from what lies beside its weights: Megatron's from the saved arguments.
+    """
+    from megatron.core import dist_checkpointing
+
+    args = dist_checkpointing.load_common_state_dict(str(megatron))["args"]
+    length = min(TOKENS, args.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.vocabulary, (1, length), generator=generator)
-    ours, theirs = _megatron(model, megatron, tokens), _hugging_face(hugging_face, tokens)
+    tokens = torch.randint(args.padded_vocab_size, (1, length), generator=generator)
+    ours, theirs = logits(args, megatron, tokens), _hugging_face(hugging_face, tokens)
     difference = ours - theirs
     log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
     divergence = (log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean()
@@ -68,54 +106,38 @@ def _hugging_face(folder: Path, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _megatron(model: Architecture, folder: Path, tokens: Tensor) -> Tensor:
+def logits(saved: argparse.Namespace, folder: Path, tokens: Tensor) -> Tensor:
+    """Megatron's [b, s, vocabulary] of tokens [b, s], for its saved arguments."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
+    from megatron.training.arguments import core_transformer_config_from_args
 
     from megatron_mhc.specs import get_mhc_block_spec
 
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
-    config = TransformerConfig(
-        num_layers=model.layers,
-        hidden_size=model.hidden,
-        ffn_hidden_size=model.ffn,
-        num_attention_heads=model.heads,
-        num_query_groups=model.groups,
-        kv_channels=model.head_channels,
-        layernorm_epsilon=model.norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        apply_rope_fusion=False,
-    )
+    args = argparse.Namespace(**{**vars(saved), **_HERE})
+    config = core_transformer_config_from_args(args)
     spec = get_gpt_layer_local_spec(normalization=config.normalization)
-    if model.mhc is not None:
+    if getattr(args, "mhc", False) and args.mhc_num_residual_streams > 1:
         patches.apply()
-        spec = get_mhc_block_spec(config, spec, model.mhc)
-    gpt = GPTModel(
+        spec = get_mhc_block_spec(config, spec, mhc_config_from_args(args))
+    model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=model.vocabulary,
-        max_sequence_length=model.positions,
-        position_embedding_type="rope",
-        rotary_base=int(model.rope_base),
-        rope_scaling=model.rope_scaling is not None,
-        rope_scaling_factor=model.rope_scaling or 1.0,
-        share_embeddings_and_output_weights=model.tied,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
     ).eval()
-    state = gpt.sharded_state_dict()
-    gpt.load_state_dict(dist_checkpointing.load(state, str(folder)), strict=False)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return gpt(tokens, positions, None)
+    state = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    model.load_state_dict(state, strict=False)
+    return model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), None)

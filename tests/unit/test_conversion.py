@@ -6,6 +6,7 @@ import json
 import runpy
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_mhc import MHCConfig
+from megatron_mhc.checkpoint_guard import check_checkpoint
 from megatron_mhc.conversion import convert, megatron_folder, verify
 from megatron_mhc.conversion.architecture import (
     _MEGATRON,
@@ -57,7 +59,7 @@ def exported(trained, tmp_path_factory) -> dict[str, convert.Converted]:
 
 
 def compare(made: convert.Converted) -> verify.Comparison:
-    return verify.compare(made.model, made.megatron, made.hugging_face)
+    return verify.compare(made.megatron, made.hugging_face)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -148,18 +150,33 @@ def test_a_training_goes_on_from_an_import(exported, trained, tmp_path):
     """With streams that a plain Llama got, strictly, to the plain model's first loss."""
     made = convert.to_megatron(exported["plain"].hugging_face, tmp_path / "start", MHCConfig())
     assert compare(made).same
+    # FLAGS have another number of layers and of a head's channels; the last one counts.
+    printed = convert.words(made)
     flags = [*GROUPED, *LAYERS, "--hidden-dropout", "0", "--attention-dropout", "0"]
-    flags += ["--exit-interval", "1"]
-    plain = train(*flags, "--pretrained-checkpoint", trained["plain"])
-    mhc = train("--mhc", *flags, "--pretrained-checkpoint", tmp_path / "start")
+    plain = train(*flags, "--exit-interval", "1", "--pretrained-checkpoint", trained["plain"])
+    mhc = train(*printed, "--exit-interval", "1")
     assert plain.code == mhc.code == 0, plain.tail + mhc.tail
     assert mhc.losses[1] == pytest.approx(plain.losses[1], rel=1e-5)
     assert plain.losses[1] < 4.8, "an untrained model's is ln 128"
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [(128, None), (192, "the last 64 start from random values"), (120, "some are lost")],
+)
+def test_a_vocabulary_padded_otherwise_is_said(trained, rows, said):
+    """Megatron loads it without a word, and new rows take part in the loss."""
+    args = Namespace(load=str(trained["plain"]), rank=0, mhc=False, padded_vocab_size=rows)
+    lines = check_checkpoint(args)
+    assert len(lines) == (said is not None)
+    if said:
+        assert f"has 128 rows of vocabulary, this run {rows}: {said}" in lines[0]
+
+
 def test_flags_of_a_model_are_those_it_was_trained_with(exported, trained):
     for made in exported.values():
         again = from_megatron(megatron_folder._arguments(made.model), "again")
+        assert again.half == ("bf16" if "bf16" in str(made.hugging_face) else None)
         assert again == made.model
 
 
@@ -201,6 +218,18 @@ CONFIG = {
         ({"attention_bias": True}, "attention_bias True: expected no bias"),
         ({"hidden_act": "gelu"}, "hidden_act gelu: expected silu"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn: expected default or llama3"),
+        ({"is_causal": False}, "is_causal False: expected true"),
+        ({"vocab_size": None}, "vocab_size None: expected a number"),
+        (
+            {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters and rope_scaling: expected one of them",
+        ),
+        ({"rope_scaling": ROPE_SCALING}, "factor None: expected the number of a llama3 rope"),
+        ({"model_type": "mhc_llama"}, "hc_mult None: expected a number"),
+        (
+            {"model_type": "mhc_llama", "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 0.5},
+            "hc_eps 0.5: expected 0 <= eps",
+        ),
         ({"rope_theta": 1.5}, "rope_theta 1.5: --rotary-base takes whole numbers"),
         (
             {"rope_scaling": {**ROPE_SCALING, "factor": 8, "low_freq_factor": 2.0}},
@@ -287,24 +316,64 @@ def test_a_checkpoint_with_other_tensors_is_refused(trained):
         checkpoint.check(wider, places(wider))
 
 
+def test_verification_builds_what_the_arguments_say(trained):
+    """Not what the conversion made of them, which may have overlooked one."""
+    checkpoint = megatron_folder.MegatronCheckpoint(trained["plain"], None)
+    tokens = torch.arange(20).view(1, 20)
+    expected = verify.logits(checkpoint.args, checkpoint.path, tokens)
+    checkpoint.args.activation_func_clamp_value = 0.02
+    changed = verify.logits(checkpoint.args, checkpoint.path, tokens)
+    assert (changed - expected).norm() / expected.norm() > 1e-3
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
+    for name, damage in (("__0_0.distcp", b""), (".metadata", b"x"), ("metadata.json", b"{}")):
+        folder = tmp_path / name
+        shutil.copytree(trained["plain"], folder)
+        (folder / f"iter_{STEPS:07d}" / name).write_bytes(damage)
+        with pytest.raises(UserError, match=rf"--load .*iter_{STEPS:07d}: is damaged: "):
+            convert.to_hugging_face(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "config.json: no JSON: "),
+        ("config.json", "[]", "config.json: expected an object in it"),
+        (INDEX, "{}", f"{INDEX}: there is no weight_map in it"),
+        ("model-00001-of-00001.safetensors", "", "model-00001-of-00001.safetensors: "),
+    ],
+)
+def test_a_damaged_folder_is_one_line(exported, tmp_path, name, content, message):
+    source = tmp_path / "damaged"
+    shutil.copytree(exported["plain"].hugging_face, source)
+    (source / name).write_text(content)
+    with pytest.raises(UserError, match=f"--hf {source}: {message}"):
+        convert.to_megatron(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_groups_that_the_weights_do_not_have_are_refused(exported, tmp_path):
+    source = tmp_path / "groups"
+    shutil.copytree(exported["plain"].hugging_face, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
+    with pytest.raises(UserError, match=r"k_proj.weight: \(32, 32\), expected \(64, 32\)"):
+        convert.to_megatron(source, tmp_path / "out")
+
+
 def test_a_tensor_of_another_shape_is_refused(exported, tmp_path):
     source = tmp_path / "narrow"
     shutil.copytree(exported["plain"].hugging_face, source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
-    with pytest.raises(
-        UserError, match=r"gate_proj.weight \+ .*: \(128, 32\), expected \(160, 32\)"
-    ):
+    with pytest.raises(UserError, match=r"gate_proj.weight: \(64, 32\), expected \(80, 32\)"):
         convert.to_megatron(source, tmp_path / "out")
 
 
-def test_what_a_kill_left_is_begun_anew_and_nothing_is_overwritten(exported, trained, tmp_path):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "half").touch()
+def test_nothing_is_overwritten_and_nothing_left(exported, trained, tmp_path):
     convert.to_hugging_face(trained["plain"], tmp_path / "out")
-    assert not partial.exists()
-    assert not (tmp_path / "out" / "half").exists()
     before = (tmp_path / "out" / "config.json").read_bytes()
     with pytest.raises(UserError, match="out: exists; give a new folder"):
         convert.to_hugging_face(trained["plain"], tmp_path / "out")
@@ -320,7 +389,7 @@ def test_initial_values_are_those_of_a_new_model():
     from tests.models import build_gpt
 
     expected = dict(build_gpt(MHCConfig(), num_layers=3).named_parameters())
-    model = Architecture(3, 64, 160, 4, 2, 16, 128, 64, 1e-5, 1e4, None, False, MHCConfig())
+    model = Architecture(3, 64, 160, 4, 2, 16, 128, 64, 1e-5, 1e4, None, False, None, MHCConfig())
     for place in places(model):
         if place.in_float32:
             name = place.key

@@ -1,11 +1,12 @@
 """What --cuda-graph-impl is refused with before a training starts."""
 
+import argparse
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_mhc import environment
-from megatron_mhc.cuda_graph import describe, refuse_uncapturable
+from megatron_mhc.cuda_graph import _REFUSED, describe, refuse_uncapturable
 from megatron_mhc.errors import UserError
 
 
@@ -13,11 +14,11 @@ from megatron_mhc.errors import UserError
 def args(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     return SimpleNamespace(
+        **dict.fromkeys(_REFUSED),
         cuda_graph_impl="full_iteration",
         cuda_graph_warmup_steps=3,
-        step_batch_size_schedule=None,
-        timing_log_level=0,
-        check_for_spiky_loss=False,
+        fp16=False,
+        loss_scale=None,
     )
 
 
@@ -37,13 +38,18 @@ def test_without_a_gpu_it_is_refused(args, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (
-            "step_batch_size_schedule",
-            "0:8 1M:16",
-            r"--step-batch-size-schedule 0:8 1M:16: .*; give --global-batch-size instead",
-        ),
-        ("timing_log_level", 1, r"--timing-log-level 1: .*; use 0"),
-        ("check_for_spiky_loss", True, r"--check-for-spiky-loss: .*; leave one of them out"),
+        ("step_batch_size_schedule", "0:8 1M:16", r"--step-batch-size-schedule 0:8 1M:16: with"),
+        ("timing_log_level", 1, r"--timing-log-level 1: .*; leave one of them out"),
+        ("log_straggler", True, r"--log-straggler: with"),
+        ("check_for_spiky_loss", True, r"--check-for-spiky-loss: with .* leave one of them out"),
+        ("check_for_large_grads", True, r"--check-for-large-grads: with"),
+        ("qk_clip", True, r"--qk-clip: with"),
+        ("log_max_attention_logit", True, r"--log-max-attention-logit: with"),
+        ("save_activations_interval", 5, r"--save-activations-interval 5: with"),
+        ("save_dgrads_interval", 5, r"--save-dgrads-interval 5: with"),
+        ("save_wgrads_interval", 5, r"--save-wgrads-interval 5: with"),
+        ("fp16", True, r"--fp16: .* loss scale; give a --loss-scale that stays, or --bf16"),
+        ("cuda_graph_warmup_steps", 0, r"--cuda-graph-warmup-steps 0: .*; use 1 or more"),
     ],
 )
 def test_what_a_graph_would_get_wrong_is_refused(args, name, value, message):
@@ -52,6 +58,22 @@ def test_what_a_graph_would_get_wrong_is_refused(args, name, value, message):
         refuse_uncapturable(args)
     args.cuda_graph_impl = "local"
     assert refuse_uncapturable(args) is None
+
+
+def test_a_constant_loss_scale_can_be_captured(args):
+    args.fp16, args.loss_scale = True, 1024.0
+    assert refuse_uncapturable(args) is None
+
+
+def test_what_is_refused_are_flags_of_megatrons():
+    environment.prepare()
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {option for action in parser._actions for option in action.option_strings}
+    flags = {"--" + name.replace("_", "-") for name in _REFUSED}
+    assert flags <= known
+    assert {action.dest for action in parser._actions} >= set(_REFUSED)
 
 
 def test_the_script_asks(args, monkeypatch):

@@ -190,3 +190,15 @@ def test_the_factor_of_scaled_positions_reaches_the_model(monkeypatch):
     assert (
         startup._model_config(SimpleNamespace(rope_scaling_factor=32.0)).rope_scaling_factor == 32
     )
+
+
+def test_what_megatron_refuses_is_one_line(monkeypatch):
+    environment.prepare()
+    from megatron_mhc import startup
+
+    def refuses(extra_args_provider):
+        raise AssertionError("--no-check-for-nan-in-loss-and-grad should be set")
+
+    monkeypatch.setattr(startup, "parse_and_validate_args", refuses)
+    with pytest.raises(UserError, match="^Megatron: --no-check-for-nan-in-loss-and-grad should be"):
+        startup.parse_arguments()
