@@ -126,7 +126,8 @@ ROPE_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 """Of Llama 3.1 and later, beside the factor; Megatron has these numbers in its code."""
-MODEL_TYPES = ("llama", "mhc_llama")
+# A Mistral without a sliding window is a Llama.
+MODEL_TYPES = ("llama", "mistral", "mhc_llama")
 
 
 def _refuse(source: str, problems: list[str]) -> None:
@@ -228,7 +229,9 @@ def from_hugging_face(config: dict, source: str) -> Architecture:
     kind = config.get("model_type")
     problems = []
     if kind not in MODEL_TYPES:
-        problems.append(f"model_type {kind}: expected {' or '.join(MODEL_TYPES)}")
+        problems.append(f"model_type {kind}: expected one of {', '.join(MODEL_TYPES)}")
+    if kind == "mistral" and config.get("sliding_window") is not None:
+        problems.append(f"sliding_window {config['sliding_window']}: expected null")
     problems += [
         f"{name} {config[name]}: expected {words}"
         for name, (fine, words) in _HUGGING_FACE.items()

@@ -125,6 +125,21 @@ def test_mappings_far_from_their_initial_values(exported, tmp_path):
     assert not compare(made).same
 
 
+def test_a_mistral_without_a_window_is_a_llama(tmp_path):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    # A head's channels times heads are not the hidden size, as in Mistral Nemo.
+    sizes = CONFIG | {"num_key_value_heads": 1, "head_dim": 24, "sliding_window": None}
+    model = MistralForCausalLM(MistralConfig(**sizes | {"model_type": "mistral"}))
+    model.save_pretrained(tmp_path / "mistral")
+    made = convert.to_megatron(tmp_path / "mistral", tmp_path / "megatron", MHCConfig())
+    assert compare(made).same
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "mistral")
+    assert not compare(made).same
+
+
 def test_a_tied_embedding_is_the_output_layer_too(exported, tmp_path):
     source = tmp_path / "tied"
     shutil.copytree(exported["plain"].hugging_face, source)
@@ -214,7 +229,8 @@ CONFIG = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type qwen3: expected llama or mhc_llama"),
+        ({"model_type": "qwen3"}, "model_type qwen3: expected one of llama, mistral, mhc_llama"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window 8: expected null"),
         ({"attention_bias": True}, "attention_bias True: expected no bias"),
         ({"hidden_act": "gelu"}, "hidden_act gelu: expected silu"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn: expected default or llama3"),
