@@ -7,7 +7,9 @@ python tools/convert_checkpoint.py to-megatron --hf Llama-3.2-1B --out start --m
 
 import argparse
 import importlib.util
+import logging
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -69,6 +71,9 @@ def main() -> None:
             f"{' and '.join(missing)} not installed: pip install 'megatron-mhc[convert]'"
         )
     check_folder(args.out.parent, f"--out {args.out}")
+    # Megatron and torch tell what a training would lack here; a conversion needs none of it.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     # Only now: these import transformers.
     from megatron_mhc.conversion import convert, verify
 

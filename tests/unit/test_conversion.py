@@ -3,9 +3,11 @@ back, and what cannot be converted is refused."""
 
 import dataclasses
 import json
+import logging
 import runpy
 import shutil
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -422,9 +424,12 @@ class TestCommandLine:
             monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
             code = 0
             try:
-                runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+                with warnings.catch_warnings():
+                    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
             except SystemExit as ended:
                 code = ended.code
+            finally:
+                logging.disable(logging.NOTSET)
             return (code, *capsys.readouterr())
 
         return called
