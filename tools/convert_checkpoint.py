@@ -68,7 +68,7 @@ def main() -> None:
     ]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} not installed: pip install 'megatron-mhc[convert]'"
+            f"{' and '.join(missing)} not installed: pip install safetensors 'transformers>=5.17'"
         )
     check_folder(args.out.parent, f"--out {args.out}")
     # Megatron and torch tell what a training would lack here; a conversion needs none of it.

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mhc import patches
+from megatron_mhc import cpu_arguments, patches
 from megatron_mhc.arguments import mhc_config_from_args
 
 TOKENS = 64
 # What one process on a CPU has instead of a training's layout, precision and fused kernels.
 _HERE = {
+    **cpu_arguments.DEFAULTS,
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "virtual_pipeline_model_parallel_size": None,
@@ -26,16 +27,7 @@ _HERE = {
     "fp16": False,
     "fp8": None,
     "fp4": None,
-    "transformer_impl": "local",
-    "use_cpu_initialization": True,
     "perform_initialization": False,
-    "no_persist_layer_norm": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
     "tp_comm_overlap": False,
     "recompute_granularity": None,
     "cuda_graph_impl": "none",
