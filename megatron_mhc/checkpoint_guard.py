@@ -57,19 +57,31 @@ def repair_tracker(folder: Path) -> str | None:
     return f"mHC: {tracker} was cut off; resuming from the last complete checkpoint, {complete[-1]}"
 
 
+def damage(problem: BaseException) -> str:
+    """What a checkpoint's reader raised, in one line."""
+    said = str(problem).strip().splitlines() or [type(problem).__name__]
+    return f"a file of it is missing or damaged ({said[-1]})"
+
+
 def saved_settings(checkpoint: Path) -> dict[str, object] | None:
     """The mHC settings a distributed checkpoint was made with; None where it does not tell.
 
     A checkpoint of a plain model gives "mhc" False. "vocabulary" are the rows of its embedding.
+
+    Raises:
+        UserError: it cannot be read.
     """
     # Imported here: tools read trackers with this module, without Megatron.
     from megatron.core.dist_checkpointing import load_common_state_dict
     from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         saved = load_common_state_dict(str(checkpoint)).get("args")
     except CheckpointingException:
         return None
+    except (CheckpointException, EOFError, AssertionError) as problem:
+        raise UserError(f"{checkpoint}: {damage(problem)}; use another --ckpt-step") from problem
     if saved is None:
         return None
     vocabulary = getattr(saved, "padded_vocab_size", None)
@@ -121,7 +133,9 @@ def _other_vocabulary(args: argparse.Namespace, checkpoint: Path, there: int | N
     here = getattr(args, "padded_vocab_size", None)
     if None in (here, there) or here == there:
         return []
-    what = f"the last {here - there} start from random values" if here > there else "some are lost"
+    what = f"the last {abs(here - there)} " + (
+        "start from random values" if here > there else "are lost, which are tokens or padding"
+    )
     return [
         f"mHC: {checkpoint} has {there} rows of vocabulary, this run {here}: {what}; "
         "--make-vocab-size-divisible-by and --tensor-model-parallel-size pad it"

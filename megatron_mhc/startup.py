@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import os
+import traceback
+from pathlib import Path
 
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import LayerType
@@ -40,10 +42,13 @@ def _parse() -> argparse.Namespace:
     try:
         return parse_and_validate_args(extra_args_provider=_add_arguments)
     except AssertionError as refusal:
-        if not str(refusal):
-            raise
-        if CONNECTIONS not in str(refusal):
-            raise UserError(f"Megatron: {refusal}") from refusal
+        said = str(refusal)
+        if CONNECTIONS not in said:
+            # Not every message names a flag, and some asserts have none: their code does.
+            at = traceback.extract_tb(refusal.__traceback__)[-1]
+            raise UserError(
+                f"Megatron: {said or 'refused'} ({Path(at.filename).name}:{at.lineno}: {at.line})"
+            ) from refusal
     value = os.environ.get(CONNECTIONS, "is not set")
     if value == "1":
         raise UserError(

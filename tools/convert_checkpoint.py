@@ -87,7 +87,9 @@ def main() -> None:
         compared = verify.compare(made.megatron, made.hugging_face)
         print(compared)
         if not compared.same:
-            raise UserError(f"--verify: {args.out} does not compute what it was made from")
+            raise UserError(
+                f"--verify: {args.out} does not compute what it was made from; do not use it"
+            )
 
 
 if __name__ == "__main__":

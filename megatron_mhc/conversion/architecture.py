@@ -1,5 +1,7 @@
 """What a model is, apart from its weights: as Megatron's arguments and as a Hugging Face config."""
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,13 +113,20 @@ _HUGGING_FACE: dict[str, tuple[Callable[[object], bool], str]] = {
     "mlp_bias": (_NOT_SET, "no bias"),
     "is_causal": (_is(None, True), "true"),
 }
-_NEEDED = (
+_COUNTS = (
     "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
     "vocab_size",
+    "max_position_embeddings",
 )
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+# What transformers takes for a key that is not there.
+_LLAMA = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False}
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 _MHC_NAMES = {"num_streams": "hc_mult", "sinkhorn_iterations": "hc_sinkhorn_iters", "eps": "hc_eps"}
 ROPE_SCALING = {
     "rope_type": "llama3",
@@ -181,16 +190,47 @@ def from_megatron(args, source: str) -> Architecture:
     )
 
 
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _numbers(config: dict) -> list[str]:
+    """What is wrong with the numbers of a config."""
+    problems = [
+        f"{name} {json.dumps(config.get(name))}: expected a whole number, 1 or more"
+        for name in _COUNTS
+        if not _is_count(config.get(name))
+        and not (name in _MAY_BE_NULL and config.get(name) is None)
+    ]
+    if not _is_positive(config["rms_norm_eps"]):
+        problems.append(f"rms_norm_eps {config['rms_norm_eps']}: expected a number above 0")
+    if type(config["tie_word_embeddings"]) is not bool:
+        problems.append(f"tie_word_embeddings {config['tie_word_embeddings']}: expected a boolean")
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if _is_count(heads) and _is_count(groups) and heads % groups:
+        problems.append(
+            f"num_key_value_heads {groups}: does not divide num_attention_heads {heads}"
+        )
+    return problems
+
+
 def _rope(config: dict, problems: list[str]) -> tuple[float, float | None]:
     """Base and Llama 3.1's factor; adds what Megatron's flags cannot say to ``problems``."""
     # transformers 5 keeps the base in rope_parameters, 4 beside a rope_scaling.
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if new and old:
+    names = [name for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if len(names) == 2:
         problems.append("rope_parameters and rope_scaling: expected one of them")
-    rope = old or new
+    rope = config[names[0]] if names else {}
+    if not isinstance(rope, dict):
+        problems.append(f"{names[0]} {rope}: expected an object")
+        rope = {}
     base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if base != int(base):
-        problems.append(f"rope_theta {base}: --rotary-base takes whole numbers")
+    if not _is_positive(base) or base != int(base):
+        problems.append(f"rope_theta {json.dumps(base)}: --rotary-base takes whole numbers above 0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return base, None
@@ -202,13 +242,17 @@ def _rope(config: dict, problems: list[str]) -> tuple[float, float | None]:
         for name, value in ROPE_SCALING.items()
         if name != "rope_type" and rope.get(name) != value
     ]
-    if not isinstance(rope.get("factor"), int | float):
-        problems.append(f"factor {rope.get('factor')}: expected the number of a llama3 rope")
+    if not _is_positive(rope.get("factor")):
+        problems.append(f"factor {rope.get('factor')}: expected a llama3 rope's, above 0")
     return base, rope.get("factor")
 
 
 def _mhc(config: dict, problems: list[str]) -> MHCConfig | None:
     """Streams of an mhc_llama; adds what is out of range to ``problems``."""
+    wrong = [name for name in _MHC_NAMES.values() if type(config.get(name)) not in (int, float)]
+    if wrong:
+        problems += [f"{name} {json.dumps(config.get(name))}: expected a number" for name in wrong]
+        return None
     try:
         return MHCConfig(**{field: config[name] for field, name in _MHC_NAMES.items()})
     except ValueError as error:
@@ -230,18 +274,19 @@ def from_hugging_face(config: dict, source: str) -> Architecture:
     problems = []
     if kind not in MODEL_TYPES:
         problems.append(f"model_type {kind}: expected one of {', '.join(MODEL_TYPES)}")
-    if kind == "mistral" and config.get("sliding_window") is not None:
+    config = {**_LLAMA, **(_MISTRAL if kind == "mistral" else {}), **config}
+    if kind == "mistral" and config["sliding_window"] is not None:
         problems.append(f"sliding_window {config['sliding_window']}: expected null")
+    if config.get("quantization_config"):
+        problems.append("quantization_config: expected weights that are not quantized")
     problems += [
         f"{name} {config[name]}: expected {words}"
         for name, (fine, words) in _HUGGING_FACE.items()
         if name in config and not fine(config[name])
     ]
-    needed = _NEEDED + (tuple(_MHC_NAMES.values()) if kind == "mhc_llama" else ())
-    missing = [name for name in needed if not isinstance(config.get(name), int | float)]
-    problems += [f"{name} {config.get(name)}: expected a number" for name in missing]
+    problems += _numbers(config)
     base, scaling = _rope(config, problems)
-    mhc = _mhc(config, problems) if kind == "mhc_llama" and not missing else None
+    mhc = _mhc(config, problems) if kind == "mhc_llama" else None
     _refuse(source, problems)
     heads = config["num_attention_heads"]
     return Architecture(
@@ -252,11 +297,11 @@ def from_hugging_face(config: dict, source: str) -> Architecture:
         groups=config.get("num_key_value_heads") or heads,
         head_channels=config.get("head_dim") or config["hidden_size"] // heads,
         vocabulary=config["vocab_size"],
-        positions=config.get("max_position_embeddings", 2048),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+        positions=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
         rope_base=float(base),
         rope_scaling=None if scaling is None else float(scaling),
-        tied=config.get("tie_word_embeddings", False),
+        tied=config["tie_word_embeddings"],
         half=None,
         mhc=mhc,
     )

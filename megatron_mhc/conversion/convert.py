@@ -55,15 +55,19 @@ def _aside(out: Path) -> Iterator[Path]:
     Raises:
         UserError: ``out`` exists.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"--out {out}: exists; give a new folder")
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    made = [folder for folder in partial.parents if not folder.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # the result is in it
+                folder.rmdir()
 
 
 def _report(folder: Path, source: Path, model: Architecture, lines: list[dict], **more) -> None:
@@ -147,6 +151,10 @@ def _read(source: HuggingFaceFolder, place: Place) -> Tensor:
     for name, part, shape in zip(place.names, parts, place.part_shapes, strict=True):
         if tuple(part.shape) != shape:
             raise UserError(f"--hf {source.folder}: {name}: {tuple(part.shape)}, expected {shape}")
+        if part.dtype not in (torch.float32, *_HALVES):
+            raise UserError(
+                f"--hf {source.folder}: {name}: {part.dtype}, expected float32, bfloat16 or float16"
+            )
     tensor = place.join(parts)
     return tensor.float() if place.in_float32 else tensor
 

@@ -39,8 +39,10 @@ class HuggingFaceFolder:
         index, single = folder / INDEX, folder / "model.safetensors"
         if index.is_file():
             self.files = self._json(INDEX).get("weight_map")
-            if not isinstance(self.files, dict):
-                raise UserError(f"--hf {folder}: {INDEX}: there is no weight_map in it")
+            if not isinstance(self.files, dict) or not all(map(_is_name, self.files.values())):
+                raise UserError(
+                    f"--hf {folder}: {INDEX}: expected a weight_map of file names in it"
+                )
         elif single.is_file():
             with self._open(single.name) as opened:
                 self.files = dict.fromkeys(opened.keys(), single.name)
@@ -68,6 +70,11 @@ class HuggingFaceFolder:
         """One tensor, in the dtype of the file."""
         with self._open(self.files[name]) as opened:
             return opened.get_tensor(name)
+
+
+def _is_name(value: object) -> bool:
+    """Whether it names a file in the folder."""
+    return isinstance(value, str) and Path(value).name == value != ""
 
 
 class Writer:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_mhc import environment
-from megatron_mhc.checkpoint_guard import TRACKER, complete_iterations, latest_iteration
+from megatron_mhc.checkpoint_guard import TRACKER, complete_iterations, damage, latest_iteration
 from megatron_mhc.errors import UserError
 
 from .architecture import Architecture
@@ -63,9 +63,11 @@ class MegatronCheckpoint:
         iteration = latest_iteration(folder) if step is None else step
         complete = complete_iterations(folder)
         if iteration is None or iteration not in complete:
-            wanted = "no latest one" if iteration is None else f"no complete iteration {iteration}"
-            there = ", ".join(map(str, complete)) or "none"
-            raise UserError(f"--load {folder}: {wanted} there; complete torch_dist ones: {there}")
+            wanted = f"no complete iteration {iteration}"
+            if iteration is None:
+                wanted = f"no {TRACKER} that names an iteration"
+            there = ", ".join(map(str, complete)) or "none; give a training's --save folder"
+            raise UserError(f"--load {folder}: {wanted} there; iterations for --ckpt-step: {there}")
         self.path = folder / f"iter_{iteration:07d}"
         from megatron.core import dist_checkpointing
 
@@ -85,8 +87,13 @@ class MegatronCheckpoint:
         try:
             yield
         except (Exception, CheckpointException) as problem:  # the latter is a BaseException
-            said = str(problem).strip().splitlines() or [type(problem).__name__]
-            raise UserError(f"--load {self.path}: is damaged: {said[-1]}") from problem
+            others = [
+                i for i in complete_iterations(self.path.parent) if i != int(self.path.name[5:])
+            ]
+            raise UserError(
+                f"--load {self.path}: {damage(problem)}; other "
+                f"iterations for --ckpt-step: {', '.join(map(str, others)) or 'none'}"
+            ) from problem
 
     def check(self, model: Architecture, wanted: list[Place]) -> None:
         """That the checkpoint has just these tensors.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_mhc import cpu_arguments, patches
 from megatron_mhc.arguments import mhc_config_from_args
+from megatron_mhc.errors import UserError
 
 TOKENS = 64
 # What one process on a CPU has instead of a training's layout, precision and fused kernels.
@@ -91,9 +92,12 @@ def compare(megatron: Path, hugging_face: Path) -> Comparison:
 def _hugging_face(folder: Path, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, dtype=torch.float32
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float32
+        )
+    except Exception as problem:  # of transformers, of whatever a config makes it load
+        raise UserError(f"--verify: transformers cannot load {folder}: {problem}") from problem
     return model.eval()(tokens).logits
 
 

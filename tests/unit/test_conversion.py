@@ -179,7 +179,7 @@ def test_a_training_goes_on_from_an_import(exported, trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "said"),
-    [(128, None), (192, "the last 64 start from random values"), (120, "some are lost")],
+    [(128, None), (192, "the last 64 start from random values"), (120, "the last 8 are lost")],
 )
 def test_a_vocabulary_padded_otherwise_is_said(trained, rows, said):
     """Megatron loads it without a word, and new rows take part in the loss."""
@@ -237,13 +237,27 @@ CONFIG = {
         ({"hidden_act": "gelu"}, "hidden_act gelu: expected silu"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn: expected default or llama3"),
         ({"is_causal": False}, "is_causal False: expected true"),
-        ({"vocab_size": None}, "vocab_size None: expected a number"),
+        ({"vocab_size": None}, "vocab_size null: expected a whole number, 1 or more"),
         (
             {"rope_scaling": {"type": "linear"}, "rope_parameters": {"rope_type": "default"}},
             "rope_parameters and rope_scaling: expected one of them",
         ),
-        ({"rope_scaling": ROPE_SCALING}, "factor None: expected the number of a llama3 rope"),
-        ({"model_type": "mhc_llama"}, "hc_mult None: expected a number"),
+        ({"rope_scaling": ROPE_SCALING}, "factor None: expected a llama3 rope's, above 0"),
+        ({"model_type": "mhc_llama"}, "hc_mult null: expected a number"),
+        ({"num_key_value_heads": "2"}, 'num_key_value_heads "2": expected a whole number'),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads 3: does not divide num_attention_heads 4",
+        ),
+        ({"num_attention_heads": 4.0}, r"num_attention_heads 4\.0: expected a whole number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings null: expected a whole"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps 1e-6: expected a number above 0"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings None: expected a boolean"),
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\]: expected an object"),
+        ({"rope_theta": None}, "rope_theta null: --rotary-base takes whole numbers above 0"),
+        ({"rope_scaling": {**ROPE_SCALING, "factor": 0}}, "factor 0: expected a llama3 rope's"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config: expected weights"),
+        ({"model_type": "mistral"}, "sliding_window 4096: expected null"),
         (
             {"model_type": "mhc_llama", "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 0.5},
             "hc_eps 0.5: expected 0 <= eps",
@@ -349,7 +363,7 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
         folder = tmp_path / name
         shutil.copytree(trained["plain"], folder)
         (folder / f"iter_{STEPS:07d}" / name).write_bytes(damage)
-        with pytest.raises(UserError, match=rf"--load .*iter_{STEPS:07d}: is damaged: "):
+        with pytest.raises(UserError, match=rf"{STEPS:07d}: a file of it .* --ckpt-step: 2, 4$"):
             convert.to_hugging_face(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -359,7 +373,9 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
     [
         ("config.json", "{", "config.json: no JSON: "),
         ("config.json", "[]", "config.json: expected an object in it"),
-        (INDEX, "{}", f"{INDEX}: there is no weight_map in it"),
+        (INDEX, "{}", f"{INDEX}: expected a weight_map of file names in it"),
+        (INDEX, '{"weight_map": {"a": null}}', f"{INDEX}: expected a weight_map of file names"),
+        (INDEX, '{"weight_map": {"a": "."}}', f"{INDEX}: expected a weight_map of file names"),
         ("model-00001-of-00001.safetensors", "", "model-00001-of-00001.safetensors: "),
     ],
 )
@@ -395,12 +411,49 @@ def test_nothing_is_overwritten_and_nothing_left(exported, trained, tmp_path):
     before = (tmp_path / "out" / "config.json").read_bytes()
     with pytest.raises(UserError, match="out: exists; give a new folder"):
         convert.to_hugging_face(trained["plain"], tmp_path / "out")
-    with pytest.raises(UserError, match=r"no complete iteration 5 there; .*: 2, 4, 6"):
+    with pytest.raises(UserError, match=r"no complete iteration 5 there; .*: 2, 4, 6$"):
         convert.to_hugging_face(trained["plain"], tmp_path / "new", step=5)
     with pytest.raises(UserError, match="has 3 streams already"):
         convert.to_megatron(exported["mhc"].hugging_face, tmp_path / "new", MHCConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "config.json").read_bytes() == before
+
+
+def test_a_refusal_leaves_nothing_behind(trained, tmp_path):
+    with pytest.raises(UserError, match="there is no .*config.json"):
+        convert.to_megatron(tmp_path / "nowhere", tmp_path / "a" / "b" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="link: exists; give a new folder"):
+        convert.to_hugging_face(trained["plain"], tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    convert.to_hugging_face(trained["plain"], tmp_path / "a" / "b" / "out")
+    assert (tmp_path / "a" / "b" / "out" / "config.json").is_file()
+
+
+def test_other_dtypes_are_refused(exported, tmp_path):
+    source = tmp_path / "double"
+    shutil.copytree(exported["plain"].hugging_face, source)
+    (file,) = source.glob("*.safetensors")
+    tensors = {name: tensor.double() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"torch.float64, expected float32, bfloat16 or float16"):
+        convert.to_megatron(source, tmp_path / "out")
+
+
+def test_what_transformers_cannot_load_is_one_line(exported, tmp_path):
+    source = tmp_path / "changed"
+    shutil.copytree(exported["plain"].hugging_face, source)
+    (source / "config.json").write_text('{"model_type": "nobody"}')
+    with pytest.raises(UserError, match=f"--verify: transformers cannot load {source}: "):
+        verify.compare(exported["plain"].megatron, source)
+
+
+def test_a_damaged_checkpoint_is_refused_by_a_training_too(trained, tmp_path):
+    shutil.copytree(trained["plain"], tmp_path / "damaged")
+    (tmp_path / "damaged" / f"iter_{STEPS:07d}" / ".metadata").write_bytes(b"x")
+    args = Namespace(load=str(tmp_path / "damaged"), rank=0, mhc=False)
+    with pytest.raises(UserError, match=rf"iter_{STEPS:07d}: a file of it is missing or damaged"):
+        check_checkpoint(args)
 
 
 def test_initial_values_are_those_of_a_new_model():

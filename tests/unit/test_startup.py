@@ -202,3 +202,11 @@ def test_what_megatron_refuses_is_one_line(monkeypatch):
     monkeypatch.setattr(startup, "parse_and_validate_args", refuses)
     with pytest.raises(UserError, match="^Megatron: --no-check-for-nan-in-loss-and-grad should be"):
         startup.parse_arguments()
+
+    def asserts(extra_args_provider):
+        save_interval = 0
+        assert save_interval > 0
+
+    monkeypatch.setattr(startup, "parse_and_validate_args", asserts)
+    with pytest.raises(UserError, match=r"test_startup.py:\d+: assert save_interval > 0\)$"):
+        startup.parse_arguments()
