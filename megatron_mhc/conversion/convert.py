@@ -16,8 +16,10 @@ from megatron_mhc.config import MHCConfig
 from megatron_mhc.errors import UserError
 
 from . import megatron_folder
-from .architecture import Architecture, from_hugging_face, from_megatron
-from .hugging_face_folder import HuggingFaceFolder, Writer, write_config
+from .architecture import Architecture
+from .hugging_face_config import from_config, write_config
+from .hugging_face_folder import HuggingFaceFolder, Writer
+from .megatron_arguments import from_arguments
 from .megatron_folder import MegatronCheckpoint
 from .tensors import EMBEDDING, OUTPUT, Place, places
 
@@ -97,7 +99,7 @@ def to_hugging_face(load: Path, out: Path, step: int | None = None) -> Converted
     with _aside(out) as folder:
         megatron_folder.start()
         checkpoint = MegatronCheckpoint(load, step)
-        model = from_megatron(checkpoint.args, f"--load {checkpoint.path}")
+        model = from_arguments(checkpoint.args, f"--load {checkpoint.path}")
         wanted = places(model)
         checkpoint.check(model, wanted)
         writer, lines = Writer(folder), []
@@ -125,7 +127,7 @@ def to_megatron(hf: Path, out: Path, mhc: MHCConfig | None = None) -> Converted:
     """
     with _aside(out) as folder:
         source = HuggingFaceFolder(hf)
-        model = from_hugging_face(source.config, f"--hf {hf}")
+        model = from_config(source.config, f"--hf {hf}")
         tensors = {}
         if mhc is not None:
             if model.mhc is not None:

@@ -2,22 +2,17 @@
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_mhc.errors import UserError
 
-from .architecture import ROPE_SCALING, Architecture
-
 SHARD_BYTES = 5_000_000_000
 """Most bytes of weights to a file, as Hugging Face's own folders have."""
 INDEX = "model.safetensors.index.json"
-MODELING = Path(__file__).with_name("modeling_mhc_llama.py")
 
 
 class HuggingFaceFolder:
@@ -116,48 +111,3 @@ class Writer:
             where |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total}, "weight_map": where}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2))
-
-
-def write_config(folder: Path, model: Architecture, dtype: torch.dtype) -> None:
-    """config.json of a Llama, or of an mHC Llama with the code that transformers needs for it."""
-    from transformers import LlamaConfig
-
-    from .modeling_mhc_llama import MHCLlamaConfig
-
-    rope = {"rope_type": "default", "rope_theta": model.rope_base}
-    if model.rope_scaling is not None:
-        rope |= {**ROPE_SCALING, "factor": model.rope_scaling}
-    fields = {
-        "vocab_size": model.vocabulary,
-        "hidden_size": model.hidden,
-        "intermediate_size": model.ffn,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.groups,
-        "head_dim": model.head_channels,
-        "max_position_embeddings": model.positions,
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": rope,
-        "tie_word_embeddings": model.tied,
-        "dtype": str(dtype).removeprefix("torch."),
-        # A tokenizer's, which a checkpoint of Megatron's does not hold.
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    if model.mhc is None:
-        config = LlamaConfig(**fields, architectures=["LlamaForCausalLM"])
-    else:
-        code = MODELING.stem
-        config = MHCLlamaConfig(
-            **fields,
-            architectures=["MHCLlamaForCausalLM"],
-            auto_map={
-                "AutoConfig": f"{code}.MHCLlamaConfig",
-                "AutoModelForCausalLM": f"{code}.MHCLlamaForCausalLM",
-            },
-            hc_mult=model.mhc.num_streams,
-            hc_sinkhorn_iters=model.mhc.sinkhorn_iterations,
-            hc_eps=model.mhc.eps,
-        )
-        shutil.copy(MODELING, folder)
-    config.save_pretrained(folder)

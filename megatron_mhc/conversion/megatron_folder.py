@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import io
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from megatron_mhc.checkpoint_guard import TRACKER, complete_iterations, damage, 
 from megatron_mhc.errors import UserError
 
 from .architecture import Architecture
+from .megatron_arguments import to_arguments
 from .tensors import Place
 
 ITERATION = "iter_0000000"
@@ -162,34 +161,6 @@ def _sharded(model: Architecture, place: Place, data: Tensor):
     return ShardedTensor.from_rank_offsets(place.key, data, of_layers, prepend_axis_num=1)
 
 
-def _arguments(model: Architecture) -> argparse.Namespace:
-    """What Megatron's parser makes of the model's flags, as a training would save it."""
-    from megatron.training.arguments import parse_args, validate_args
-
-    from megatron_mhc import cpu_arguments
-    from megatron_mhc.arguments import add_mhc_args, validate_mhc_args
-
-    def add(parser):
-        cpu_arguments.set_defaults(parser)
-        return add_mhc_args(parser)
-
-    words = ["--micro-batch-size", "1", "--seq-length", str(model.positions)]
-    words += ["--tokenizer-type", "NullTokenizer"]
-    words += ["--vocab-size", str(model.vocabulary), "--no-gradient-accumulation-fusion"]
-    for name, value in model.flags().items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    given, sys.argv = sys.argv, [sys.argv[0], *words]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
-            args = parse_args(extra_args_provider=add)
-            validate_args(args)
-    finally:
-        sys.argv = given
-    validate_mhc_args(args)
-    args.padded_vocab_size = model.vocabulary
-    return args
-
-
 def write(folder: Path, model: Architecture, tensors: dict[Place, Tensor]) -> None:
     """Write iteration 0 of a --save folder, which ``--pretrained-checkpoint`` takes.
 
@@ -199,7 +170,7 @@ def write(folder: Path, model: Architecture, tensors: dict[Place, Tensor]) -> No
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-    state = {"args": _arguments(model), "checkpoint_version": 3.0, "iteration": 0}
+    state = {"args": to_arguments(model), "checkpoint_version": 3.0, "iteration": 0}
     for index, (place, tensor) in enumerate(tensors.items()):
         state[str(index)] = _sharded(model, place, tensor.contiguous())
     for name in EXTRA_STATE:
